@@ -1,0 +1,31 @@
+"""Adapt any convolutional PyTorch network with a file of some kilobytes.
+
+Example:
+    >>> import torch, convlora
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 3, 3))
+    >>> _ = convlora.inject(model, targets=["0", "2"], rank=2)
+    >>> optimizer = torch.optim.AdamW(convlora.parameters(model), lr=1e-3)
+    >>> _ = convlora.remove(convlora.merge(model))
+"""
+
+from convlora.adapter import Adapter as Adapter
+from convlora.config import AdapterConfig as AdapterConfig
+from convlora.errors import ConvLoRAError as ConvLoRAError
+from convlora.errors import ConvLoRAWarning as ConvLoRAWarning
+from convlora.factors import register_factors as register_factors
+from convlora.model import activate as activate
+from convlora.model import adapters as adapters
+from convlora.model import disabled as disabled
+from convlora.model import inject as inject
+from convlora.model import merge as merge
+from convlora.model import merged as merged
+from convlora.model import parameters as parameters
+from convlora.model import remove as remove
+from convlora.model import unmerge as unmerge
+from convlora.report import audit as audit
+from convlora.report import summary as summary
+from convlora.storage import adapter as adapter
+from convlora.storage import load as load
+from convlora.storage import save as save
+
+__version__ = "0.1.0"

@@ -1,0 +1,188 @@
+"""`AdapterConfig`: what to adapt and how big. Plain data, JSON both ways."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from convlora.errors import ConvLoRAError
+
+Target: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
+Targets: TypeAlias = "Target | Sequence[Target]"
+
+SCALINGS = ("linear", "sqrt")
+_RESERVED = frozenset(dir(nn.Module())) | {"active", "merged"}  # attributes of the module that holds adapters
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    r"""What one adapter adapts, and how big it is.
+
+    The update of a layer is `strength * scale * ΔW` with `scale = alpha / rank`
+    (`rank_scaling="linear"`, Hu et al. 2021, arXiv 2106.09685, section 4.1) or
+    `alpha / sqrt(rank)` (`"sqrt"`, rsLoRA, Kalajdzievski 2023, arXiv 2312.03732, eq. 5).
+
+    Args:
+        targets: which layers: a glob over dotted names (it also matches from any dot on), `re:<regex>`
+            (full match), a module class, a callable `(name, module) -> bool`, or a list of these.
+        rank: number of rank components per layer; 0 leaves every layer out that `ranks` does not name.
+        alpha: numerator of the scale; `None` means the layer's rank, so a scale of 1 (linear).
+        factors: name of the factorization, `"convlora"`, `"locon"` or a registered one.
+        name: name of the adapter on the model.
+        exclude: what `targets` must not select; same forms.
+        ranks: `{pattern: rank}` per layer, the last matching pattern wins; 0 leaves the layer out.
+        alphas: `{pattern: alpha}` per layer, likewise.
+        rank_scaling: `"linear"` or `"sqrt"`.
+        init: how the factors start; `"default"` is Kaiming-uniform A and zero B.
+        bias: also train a delta of the bias, in every selected layer that has one.
+        rank_dropout: probability, in [0, 1), that training drops a rank component; the rest is scaled up.
+
+    Raises:
+        ConvLoRAError: a value is out of range or of the wrong type.
+
+    Example:
+        >>> config = AdapterConfig(targets=["body.*"], rank=2, alphas={"conv_last": 16})
+        >>> AdapterConfig.from_json(config.to_json()) == config
+        True
+        >>> config.scale(rank=2, alpha=16)
+        8.0
+    """
+
+    targets: Targets
+    rank: int = 4
+    alpha: float | None = None
+    factors: str = "convlora"
+    name: str = "default"
+    exclude: Targets = ()
+    ranks: Mapping[str, int] | None = None
+    alphas: Mapping[str, float] | None = None
+    rank_scaling: str = "linear"
+    init: str = "default"
+    bias: bool = False
+    rank_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in ("targets", "exclude"):
+            object.__setattr__(self, field, _as_tuple(field, getattr(self, field)))
+        if not self.targets:
+            raise ConvLoRAError("AdapterConfig: targets is empty; name at least one layer or pattern")
+        for field in ("factors", "name", "init", "rank_scaling"):
+            _check_text(field, getattr(self, field))
+        if not self.name or "." in self.name or self.name in _RESERVED:
+            _fail("name", self.name, "a non-empty name without dots that is no attribute of nn.Module")
+        if self.rank_scaling not in SCALINGS:
+            _fail("rank_scaling", self.rank_scaling, f"one of {', '.join(SCALINGS)}")
+        if self.bias not in (True, False):
+            _fail("bias", self.bias, "True or False")
+        if not _is_number(self.rank_dropout) or not 0 <= self.rank_dropout < 1:
+            _fail("rank_dropout", self.rank_dropout, "a probability in [0, 1)")
+        _check_rank("rank", self.rank)
+        if self.alpha is not None:
+            _check_alpha("alpha", self.alpha)
+        for field, check in (("ranks", _check_rank), ("alphas", _check_alpha)):
+            mapping = getattr(self, field)
+            if mapping is None:
+                continue
+            if not isinstance(mapping, Mapping):
+                _fail(field, mapping, "a mapping {pattern: value}")
+            for pattern, value in mapping.items():
+                if not isinstance(pattern, str):
+                    _fail(field, pattern, "keyed by patterns (strings)")
+                check(f"{field}[{pattern!r}]", value)
+            object.__setattr__(self, field, dict(mapping) or None)
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """`alpha / rank`, or `alpha / sqrt(rank)` with `rank_scaling="sqrt"`.
+
+        Example:
+            >>> AdapterConfig(targets="*", rank_scaling="sqrt").scale(rank=4, alpha=8)
+            4.0
+        """
+        return alpha / (rank if self.rank_scaling == "linear" else math.sqrt(rank))
+
+    def replace(self, **changes: Any) -> AdapterConfig:
+        """The same config with some fields changed, checked again.
+
+        Example:
+            >>> AdapterConfig(targets="*").replace(name="rain").name
+            'rain'
+        """
+        return replace(self, **changes)
+
+    def to_json(self) -> str:
+        """Compact JSON without the fields that have their default value.
+
+        Raises:
+            ConvLoRAError: a target is a class or a callable (`inject` stores the names these select).
+
+        Example:
+            >>> AdapterConfig(targets="*", rank=2).to_json()
+            '{"targets":["*"],"rank":2}'
+        """
+        for target in (*self.targets, *self.exclude):  # type: ignore[misc]
+            if not isinstance(target, str):
+                raise ConvLoRAError(f"AdapterConfig: target {target!r} has no JSON form; use patterns (strings)")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        kept = {f.name for f in fields(self) if f.name == "targets" or values[f.name] != f.default}
+        return json.dumps({key: value for key, value in values.items() if key in kept}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> AdapterConfig:
+        """The config that `to_json` wrote.
+
+        Raises:
+            ConvLoRAError: not a JSON object, an unknown field, or a value out of range.
+
+        Example:
+            >>> AdapterConfig.from_json('{"targets":["*"],"rank":2}').rank
+            2
+        """
+        try:
+            values = json.loads(text)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConvLoRAError(f"AdapterConfig: not JSON ({error})") from None
+        if not isinstance(values, dict) or "targets" not in values:
+            raise ConvLoRAError("AdapterConfig: not a JSON object with targets")
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ConvLoRAError(f"AdapterConfig: unknown fields {unknown}; written by a newer version?")
+        return cls(**values)
+
+
+def _as_tuple(field: str, value: Any) -> tuple[Target, ...]:
+    items = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    for item in items:
+        module_class = isinstance(item, type) and issubclass(item, nn.Module)
+        if isinstance(item, type | nn.Module) and not module_class:
+            _fail(field, item, "made of strings, nn.Module subclasses or callables (name, module) -> bool")
+        if not (isinstance(item, str) or callable(item)):
+            _fail(field, item, "made of strings, nn.Module subclasses or callables (name, module) -> bool")
+    return items
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_text(field: str, value: Any) -> None:
+    if not isinstance(value, str):
+        _fail(field, value, "a string")
+
+
+def _check_rank(field: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        _fail(field, value, "an integer of at least 0")
+
+
+def _check_alpha(field: str, value: Any) -> None:
+    if not _is_number(value):
+        _fail(field, value, "a finite number")
+
+
+def _fail(field: str, value: Any, must_be: str) -> None:
+    raise ConvLoRAError(f"AdapterConfig: {field} (={value!r}) must be {must_be}")

@@ -1,0 +1,165 @@
+"""The library's own file: one `.safetensors` with factors, config, checksum and fingerprint.
+
+Tensor keys are `<layer path>.lora_A`, `<layer path>.lora_B` (`.lora_bias`), or the names of another factorization.
+`__metadata__` holds, all as text:
+
+- `format`: `convlora`, and `convlora.format_version`: `1`;
+- `config`: the `AdapterConfig` as JSON;
+- `layers`: JSON `{path: [rank, alpha, weight shape, groups, transposed, [alias paths]]}`, trailing defaults left out;
+- `fingerprint`: of the base weights that were adapted, if known;
+- `checksum`: SHA-256 over all of the above and over names, dtypes, shapes and bytes of the tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from convlora.adapter import Adapter, LayerFactors, key
+from convlora.config import AdapterConfig
+from convlora.errors import ConvLoRAError
+from convlora.factors import WeightSpec
+
+FORMAT, VERSION = "convlora", 1
+
+
+def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Write an adapter; see `Adapter.write`."""
+    tensors = {
+        key(layer_path, name): tensor.detach().cpu().contiguous()
+        for layer_path, layer in adapter.layers.items()
+        for name, tensor in layer.tensors.items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "convlora.format_version": str(VERSION),
+        "config": adapter.config.to_json(),
+        "layers": json.dumps({p: _entry(layer) for p, layer in adapter.layers.items()}, separators=(",", ":")),
+    }
+    if adapter.fingerprint is not None:
+        metadata["fingerprint"] = adapter.fingerprint
+    metadata["checksum"] = checksum(tensors, metadata)
+    write_atomically(Path(path), to_bytes(tensors, metadata))
+
+
+def read(path: str | os.PathLike[str]) -> Adapter:
+    """Read an adapter; see `Adapter.read`."""
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ConvLoRAError(f"read: '{path}' is a safetensors file, but no convlora adapter")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+    except (SafetensorError, ValueError, OSError, TypeError) as error:
+        if isinstance(error, ConvLoRAError):
+            raise
+        raise ConvLoRAError(f"read: '{path}' cannot be read as an adapter file ({_one_line(error)})") from None
+    version = metadata.get("convlora.format_version", "")
+    if version != str(VERSION):
+        raise ConvLoRAError(
+            f"read: '{path}' has format version {version!r}, this release reads {VERSION}; update convlora"
+        )
+    if metadata.get("checksum") != checksum(tensors, metadata):
+        raise ConvLoRAError(f"read: '{path}' was altered: its checksum does not match; fetch it again")
+    try:
+        config = AdapterConfig.from_json(metadata["config"])
+        return Adapter(config, _layers(json.loads(metadata["layers"]), tensors), metadata.get("fingerprint"))
+    except ConvLoRAError as error:
+        raise ConvLoRAError(f"read: '{path}': {error}") from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ConvLoRAError(f"read: '{path}' has malformed metadata ({_one_line(error)})") from None
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over the metadata (but the checksum itself) and the tensors, independent of their order in the file."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps(sorted((k, v) for k, v in metadata.items() if k != "checksum")).encode())
+    for name in sorted(tensors):
+        update(digest, name, tensors[name])
+    return f"sha256:{digest.hexdigest()}"
+
+
+def update(digest: Any, name: str, tensor: Tensor) -> None:
+    """Feed a tensor's name, dtype, shape and bytes to a hash."""
+    digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    flat = tensor.detach().cpu().contiguous().flatten()
+    if flat.numel():
+        digest.update(flat.view(torch.uint8).numpy())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write through a temporary file in the same folder, so that `path` is never half written.
+
+    Raises:
+        ConvLoRAError: it cannot be written; no temporary file stays behind.
+    """
+    target = Path(os.path.realpath(path))  # a link keeps pointing where it points
+    temporary = None
+    try:
+        if target.is_dir():
+            raise IsADirectoryError("it is a folder")
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ConvLoRAError(f"write: '{path}' cannot be written ({_one_line(error)})") from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _entry(layer: LayerFactors) -> list[Any]:
+    spec = layer.spec
+    alpha = int(layer.alpha) if float(layer.alpha).is_integer() else layer.alpha
+    entry = [layer.rank, alpha, list(spec.shape), spec.groups, int(spec.transposed), list(layer.aliases)]
+    defaults: tuple[Any, ...] = ([], 0, 1)
+    for default in defaults:
+        if entry[-1] != default:
+            break
+        entry.pop()
+    return entry
+
+
+def _layers(entries: dict[str, list[Any]], tensors: Mapping[str, Tensor]) -> dict[str, LayerFactors]:
+    paths = {name: name.rpartition(".")[::2] for name in tensors}
+    orphans = sorted(name for name, (path, _) in paths.items() if path not in entries)
+    if orphans:
+        raise ConvLoRAError(f"unexpected: {', '.join(orphans)}")
+    layers = {}
+    for path, entry in entries.items():
+        defaults: list[Any] = [1, 0, []]
+        rank, alpha, shape, groups, transposed, aliases = [*entry, *defaults[len(entry) - 3 :]]
+        spec = WeightSpec(tuple(int(n) for n in shape), int(groups), bool(transposed))
+        if not (len(spec.shape) >= 2 and min(*spec.shape, spec.groups, int(rank)) >= 1):
+            raise ValueError(f"layer {path!r} has shape {spec.shape}, groups {spec.groups}, rank {rank}")
+        own = {name: tensors[full] for full, (owner, name) in paths.items() if owner == path}
+        layers[path] = LayerFactors(own, spec, int(rank), float(alpha), tuple(str(a) for a in aliases))
+    return layers
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,225 @@
+"""Looking at an injected model: `summary` counts, `audit` tries it out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convlora.layer import raw, recording, slot_of
+from convlora.model import _with_adapters, activate, adapted_layers, disabled, slots, unwrap
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One adapter on one layer. `share` is of the layer's own weight and bias."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    adapter: str
+    factors: str
+    rank: int
+    parameters: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary` found; prints as a table.
+
+    Args:
+        layers: one entry per layer and adapter.
+        trainable: adapter parameters that require gradients.
+        total: parameters of the model without adapters.
+    """
+
+    layers: list[LayerSummary]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        columns = ["layer", "type", "shape", "adapter", "factors", "rank", "parameters", "share"]
+        rows = [
+            [e.name, e.type, "×".join(map(str, e.shape)), e.adapter, e.factors, str(e.rank), f"{e.parameters:,}",
+             f"{e.share:.1%}"]
+            for e in self.layers
+        ]  # fmt: skip
+        share = self.trainable / self.total if self.total else 0.0
+        foot = f"{self.trainable:,} trainable of {self.total:,} base parameters ({share:.2%})"
+        return f"{_table(columns, rows, right=3)}\n{foot}"
+
+
+def summary(model: nn.Module) -> Summary:
+    """Per layer and adapter: type, weight shape, factorization, rank, parameters and their share of the layer's.
+
+    Works on a plain model, too: then `layers` is empty.
+
+    Example:
+        >>> from convlora import inject
+        >>> report = summary(inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=2))
+        >>> report.trainable, report.total
+        (198, 224)
+    """
+    root = unwrap(model, "summary")
+    entries = []
+    factor_ids: set[int] = set()
+    trainable = 0
+    for path, layer in adapted_layers(root).items():
+        own = sum(t.numel() for t in (raw(layer, "weight"), raw(layer, "bias")) if t is not None)
+        for name in slot_of(layer).names():
+            low_rank = slot_of(layer).low_rank(name)
+            count = sum(p.numel() for p in low_rank.parameters())
+            trainable += sum(p.numel() for p in low_rank.parameters() if p.requires_grad)
+            factor_ids |= {id(p) for p in low_rank.parameters()}
+            base = getattr(type(layer), "_convlora_base").__name__  # noqa: B009, mypy knows no such attribute
+            entries.append(
+                LayerSummary(
+                    path, base, low_rank.spec.shape, name, low_rank.config.factors, low_rank.rank, count, count / own
+                )
+            )
+    total = sum(p.numel() for p in root.parameters() if id(p) not in factor_ids)
+    return Summary(entries, trainable, total)
+
+
+@dataclass(frozen=True)
+class LayerAudit:
+    """How one adapted layer fares.
+
+    Args:
+        read_in_train: the model reads the layer's weight in train mode.
+        read_in_eval: … in eval mode.
+        overwritten: the model itself writes the base weight while it runs (re-parameterised nets).
+    """
+
+    name: str
+    read_in_train: bool
+    read_in_eval: bool
+    overwritten: bool
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, in a few words; None if nothing."""
+        if self.overwritten:
+            return "base weight overwritten by the model: exclude it"
+        if not (self.read_in_train or self.read_in_eval):
+            return "never read: the adapter has no effect"
+        if self.read_in_train != self.read_in_eval:
+            return f"read only in {'train' if self.read_in_train else 'eval'} mode: the modes disagree"
+        return None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `audit` found; prints as a table. `problems`: layer name -> what is wrong."""
+
+    layers: list[LayerAudit]
+
+    @property
+    def problems(self) -> dict[str, str]:
+        return {layer.name: layer.problem for layer in self.layers if layer.problem}
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        if self.ok:
+            return f"all {len(self.layers)} adapted layers are read in train and eval mode, none is overwritten"
+        rows = [[name, problem] for name, problem in self.problems.items()]
+        return f"{_table(['layer', 'problem'], rows)}\n{len(rows)} of {len(self.layers)} adapted layers have a problem"
+
+
+def audit(model: nn.Module, *inputs: Any) -> Audit:
+    """Run `model(*inputs)` in train and in eval mode and see what becomes of each adapter. Leaves the model as it was.
+
+    Finds layers whose weight is never read (the forward bypasses them), is read in one mode only, or is overwritten
+    by the model itself, as `eval_conv` of SPAN's re-parameterised convolutions is at every eval forward.
+
+    Raises:
+        ConvLoRAError: the model has no adapters. Errors of the model's forward pass through.
+
+    Example:
+        >>> from convlora import inject
+        >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
+        >>> audit(model, torch.zeros(1, 3, 8, 8)).ok
+        True
+    """
+    root = _with_adapters(model, "audit")
+    layers = adapted_layers(root)
+    read: dict[bool, set[int]] = {}
+    overwritten: set[int] = set()
+    every = {name: 1.0 for slot in slots(root) for name in slot.names()}
+    with torch.random.fork_rng(enabled=True), torch.no_grad(), _put_back(root), disabled(root):
+        for training in (True, False):
+            model.train(training)
+            activate(root, [])  # adapters off: the layer hands out its own Parameter, so a write reaches it
+            before = {id(layer): _mark(layer) for layer in layers.values()}
+            model(*inputs)
+            overwritten |= {id(layer) for layer in layers.values() if _mark(layer) != before[id(layer)]}
+            activate(root, every)
+            with recording() as read[training]:
+                model(*inputs)
+    return Audit(
+        [
+            LayerAudit(path, id(layer) in read[True], id(layer) in read[False], id(layer) in overwritten)
+            for path, layer in layers.items()
+        ]
+    )
+
+
+def _mark(layer: nn.Module) -> tuple[int, int, int]:
+    weight = layer._parameters.get("weight")
+    if weight is None:  # computed at every read; what it is computed from is no base weight
+        return 0, 0, 0
+    return id(weight), weight.data_ptr(), -1 if weight.is_inference() else weight._version
+
+
+@contextlib.contextmanager
+def _put_back(root: nn.Module) -> Iterator[None]:
+    """Restore mode, attributes, Parameters and buffers of all modules, their values included."""
+    modules = list(root.modules())
+    attributes = [dict(module.__dict__) for module in modules]
+    tables = [(dict(m._parameters), dict(m._buffers)) for m in modules]
+    tensors = {id(t): t for pair in tables for table in pair for t in table.values() if t is not None}
+    values = {i: (t.data, t.detach().clone()) for i, t in tensors.items()}
+    try:
+        yield
+    finally:
+        for module, saved, (parameters, buffers) in zip(modules, attributes, tables, strict=True):
+            module.__dict__.clear()
+            module.__dict__.update(saved)
+            for now, then in ((module._parameters, parameters), (module._buffers, buffers)):
+                now.clear()
+                now.update(then)  # type: ignore[arg-type]
+        for i, (data, value) in values.items():
+            tensor = tensors[i]
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
+            if not _same_bits(tensor, value):
+                tensor.data.copy_(value)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.is_meta or torch.equal(a.detach().flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+        if a.numel()
+        else True
+    )
+
+
+def _table(columns: list[str], rows: list[list[str]], right: int = 0) -> str:
+    """A plain text table; the last `right` columns are right-aligned."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    left = len(columns) - right
+
+    def line(cells: list[str]) -> str:
+        return "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+
+    return "\n".join([line(columns), "  ".join("─" * width for width in widths), *map(line, rows)])

@@ -1,0 +1,189 @@
+"""Between a model and an `Adapter`: take one out, put one in, as a value or as a file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from convlora.adapter import Adapter, LayerFactors, key
+from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
+from convlora.factors import WeightSpec
+from convlora.formats.native import update
+from convlora.layer import Adapted, LowRank, raw, slot_of, weight_spec, why_not
+from convlora.model import Placement, adapted_layers, check_injectable, only_name, place, unwrap
+from convlora.targets import nearest
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def adapter(model: nn.Module, name: str | None = None) -> Adapter:
+    """An adapter of the model as a value: copies on the CPU, detached from the model.
+
+    Raises:
+        ConvLoRAError: no such adapter, several and no name, or non-finite factors.
+
+    Example:
+        >>> from convlora import inject
+        >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+        >>> sorted(adapter(model).layers["0"].tensors)
+        ['lora_A', 'lora_B']
+    """
+    name = only_name(model, name, "adapter")
+    root = unwrap(model, "adapter")
+    first = {path: layer for path, layer in adapted_layers(root).items() if name in slot_of(layer).names()}
+    paths: dict[int, list[str]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    layers = {}
+    for path, layer in first.items():
+        low_rank = slot_of(layer).low_rank(name)
+        tensors = {n: _copy(p) for n, p in low_rank.factors().items()}
+        aliases = tuple(other for other in paths[id(layer)] if other != path)
+        layers[path] = LayerFactors(tensors, low_rank.spec, low_rank.rank, low_rank.alpha, aliases)
+    return Adapter(low_rank.config, layers, fingerprint(first))
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Write an adapter of the model to a `.safetensors` file, atomically. Returns the model.
+
+    `dtype`: of the tensors in the file; float16 or bfloat16 halve it.
+
+    Raises:
+        ConvLoRAError: no such adapter, several and no name, non-finite factors, or the file cannot be written; an
+            old file stays as it was then.
+
+    Example:
+        >>> import tempfile
+        >>> from convlora import inject
+        >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save(model, f"{folder}/rain.safetensors")
+    """
+    adapter(model, name).to(dtype).write(path)
+    return model
+
+
+def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None = None, strict: bool = True) -> M:
+    """Put the adapter of a file (or an `Adapter`) on a model: `inject` and restore, from the file alone.
+
+    Onto an adapter of the same name with the same shapes it copies in place: a hot swap, which recompiles nothing.
+    The adapter then acts, beside those that already do; `activate` chooses. `name`: another name than the file's.
+    `strict=False` takes what fits and warns of the rest. A base other than the adapted one gives a warning.
+
+    Raises:
+        ConvLoRAError: the file is damaged or foreign, or layers are missing, unexpected or of other shapes; all are
+            listed, and the model is left as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from convlora import inject
+        >>> base, fresh = nn.Sequential(nn.Conv2d(3, 8, 3)), nn.Sequential(nn.Conv2d(3, 8, 3))
+        >>> _ = fresh.load_state_dict(base.state_dict())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save(inject(base, targets="*", rank=1), f"{folder}/rain.safetensors")
+        ...     fresh = load(fresh, f"{folder}/rain.safetensors")
+    """
+    loaded = path if isinstance(path, Adapter) else Adapter.read(path)
+    config = loaded.config if name is None else loaded.config.replace(name=name)
+    root = unwrap(model, "load")
+    present = {p: layer for p, layer in adapted_layers(root).items() if config.name in slot_of(layer).names()}
+    if not present:
+        check_injectable(model, config, "load")
+    fitting, problems = _match(root, loaded, config.name if present else None)
+    fitting_ids = {id(layer) for layer in fitting.values()}
+    left_out = [p for p, layer in present.items() if id(layer) not in fitting_ids]
+    bad = {text.split(" ")[0] for text in problems.mismatched}
+    problems.missing += [p for p in left_out if p not in bad]
+    complaint = str(problems)
+    if problems.unexpected:
+        complaint += f"; {nearest(problems.unexpected[0].split(' ')[0], dict(root.named_modules()))}"
+    if problems and (strict or not fitting):
+        hint = f"; adapter {config.name!r} is on the model already: name= loads beside it" if present else ""
+        raise ConvLoRAError(f"load: {complaint}{hint}")
+    if problems:
+        warnings.warn(f"load: left out what does not fit: {complaint}", ConvLoRAWarning, stacklevel=2)
+    elif loaded.fingerprint is not None and loaded.fingerprint != fingerprint(fitting):
+        warnings.warn("load: the adapter was trained on another base of the same shapes", ConvLoRAWarning, stacklevel=2)
+    if not present:
+        place(root, [_placement(p, layer, loaded.layers[p]) for p, layer in fitting.items()], config)
+        return model
+    for p, layer in fitting.items():
+        low_rank = slot_of(layer).low_rank(config.name)
+        low_rank.copy_(loaded.layers[p].tensors)
+        low_rank.configure(config, loaded.layers[p].alpha)
+    for p in left_out:  # no mixture of two adapters
+        slot_of(present[p]).low_rank(config.name).reset_parameters()
+    return model
+
+
+def _match(root: nn.Module, loaded: Adapter, swap: str | None) -> tuple[dict[str, nn.Module], Problems]:
+    """File path -> layer for the layers that fit, and what does not; `swap`: the adapter to be overwritten."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    fitting: dict[str, nn.Module] = {}
+    problems = Problems()
+    for path, factors in loaded.layers.items():
+        layer = modules.get(path)
+        if layer is None:
+            problems.unexpected.append(path)
+        elif reason := why_not(layer):
+            problems.mismatched.append(f"{path} ({reason})")
+        elif weight_spec(layer) != factors.spec:
+            problems.mismatched.append(
+                f"{path} (the file has weight {_show(factors.spec)}, the model {_show(weight_spec(layer))})"
+            )
+        elif "lora_bias" in factors.tensors and raw(layer, "bias") is None:
+            problems.mismatched.append(f"{path} (the file has a bias delta, the layer no bias)")
+        elif swap is not None and (reason := _cannot_swap(layer, swap, loaded, factors)):
+            problems.mismatched.append(f"{path} ({reason})")
+        elif any(layer is other for other in fitting.values()):
+            problems.mismatched.append(f"{path} (a second entry for one module)")
+        else:
+            fitting[path] = layer
+    return fitting, problems
+
+
+def _cannot_swap(layer: nn.Module, name: str, loaded: Adapter, factors: LayerFactors) -> str | None:
+    low_rank = slot_of(layer)._modules.get(name) if isinstance(layer, Adapted) else None
+    if not isinstance(low_rank, LowRank):
+        return f"adapter {name!r} is not on this layer"
+    if low_rank.config.factors != loaded.config.factors:
+        return f"the file has {loaded.config.factors!r} factors, the model {low_rank.config.factors!r}"
+    ours = {n: tuple(p.shape) for n, p in low_rank.factors().items()}
+    theirs = {n: tuple(t.shape) for n, t in factors.tensors.items()}
+    return None if ours == theirs else f"the file has {theirs}, the model {ours}"
+
+
+def _placement(path: str, layer: nn.Module, f: LayerFactors) -> Placement:
+    return Placement(path, layer, f.spec, f.rank, f.alpha, "lora_bias" in f.tensors, f.tensors)
+
+
+def _show(spec: WeightSpec) -> str:
+    return (
+        f"{spec.shape}"
+        + (f" groups {spec.groups}" if spec.groups > 1 else "")
+        + (" transposed" if spec.transposed else "")
+    )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if type(tensor).__name__ == "DTensor" else tensor  # type: ignore[attr-defined]
+    return whole.detach().to("cpu", copy=True)
+
+
+def fingerprint(layers: Mapping[str, nn.Module]) -> str | None:
+    """SHA-256 over the base weights of layers; None while there are no values (meta device)."""
+    digest = hashlib.sha256()
+    for path in sorted(layers):
+        weight = raw(layers[path], "weight")
+        if weight.is_meta:
+            return None
+        update(digest, key(path, "weight"), _copy(weight) if type(weight).__name__ == "DTensor" else weight)
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,133 @@
+"""Patterns -> layers."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import nn
+
+from convlora.config import Target
+from convlora.errors import ConvLoRAError
+from convlora.layer import why_not
+
+V = TypeVar("V")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern selects a dotted name: a glob, from any dot on, or `re:` and a full-match expression.
+
+    Example:
+        >>> matches("conv1", "layer2.0.conv1"), matches("block_*.c?_r", "block_1.c3_r"), matches(r"re:b\\d", "b12")
+        (True, True, False)
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
+
+
+def select(
+    model: nn.Module, targets: Sequence[Target], exclude: Sequence[Target], operation: str
+) -> tuple[dict[str, nn.Module], list[Target]]:
+    """The layers that targets select, by their first name, in model order; and the excludes that select none.
+
+    Raises:
+        ConvLoRAError: a target selects nothing, or names by a pattern without wildcard what cannot be adapted.
+    """
+    named = list(model.named_modules(remove_duplicate=False))
+    reasons = {id(module): why_not(module) for _, module in named}
+    adaptable = {name: module for name, module in named if reasons[id(module)] is None}
+    selected: set[int] = set()
+    for target in targets:
+        hits = [(name, module) for name, module in named if _hits(target, name, module, operation)]
+        if isinstance(target, str) and _is_literal(target):
+            for name, module in hits:
+                if reason := reasons[id(module)]:
+                    inside = f"; for the layers inside: '{target}.*'" if any(True for _ in module.children()) else ""
+                    raise ConvLoRAError(f"{operation}: target '{target}' names '{name}': {reason}{inside}")
+        found = {id(module) for _, module in hits if reasons[id(module)] is None}
+        if not found:
+            raise ConvLoRAError(
+                f"{operation}: target {describe(target)} selects no layer; {_nearest(target, adaptable)}"
+            )
+        selected |= found
+    idle: list[Target] = []
+    for target in exclude:
+        found = {id(module) for name, module in adaptable.items() if _hits(target, name, module, operation)}
+        if not found:
+            idle.append(target)
+        selected -= found
+    layers: dict[str, nn.Module] = {}
+    for name, module in named:
+        if id(module) in selected:
+            selected.discard(id(module))
+            layers[name] = module
+    if not layers:
+        raise ConvLoRAError(f"{operation}: exclude leaves no layer of those that the targets select")
+    return layers, idle
+
+
+def per_layer(
+    values: Mapping[str, V] | None, default: V, names: Iterable[str], operation: str, field: str
+) -> dict[str, V]:
+    """Layer name -> value by `{pattern: value}`, the last matching pattern wins."""
+    names = list(names)
+    result = dict.fromkeys(names, default)
+    for pattern, value in (values or {}).items():
+        hits = [name for name in names if _guard(matches, pattern, name, operation)]
+        if not hits:
+            close = nearest(pattern, names)
+            raise ConvLoRAError(
+                f"{operation}: {field} pattern '{pattern}' matches none of the selected layers; {close}"
+            )
+        result.update(dict.fromkeys(hits, value))
+    return result
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause for an error message: the known names most like a wrong one.
+
+    Example:
+        >>> nearest("conv_lsat", ["conv_1", "conv_last"])
+        "nearest: 'conv_last', 'conv_1'"
+    """
+    known = list(known)
+    # A pattern is compared with as many trailing parts of each name as it has itself.
+    parts = name.count(".") + 1
+    tails = {full: ".".join(full.split(".")[-parts:]) for full in known}
+    ratio = {full: difflib.SequenceMatcher(None, name, tail).ratio() for full, tail in tails.items()}
+    best = sorted(known, key=lambda full: -ratio[full])[:3]
+    return "nearest: " + ", ".join(repr(full) for full in best) if best else "there is none"
+
+
+def describe(target: Target) -> str:
+    """A target as error messages show it."""
+    return repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
+
+
+def _hits(target: Target, name: str, module: nn.Module, operation: str) -> bool:
+    if isinstance(target, str):
+        return _guard(matches, target, name, operation)
+    if isinstance(target, type):
+        return isinstance(module, target)
+    return bool(target(name, module))
+
+
+def _guard(match: Any, pattern: str, name: str, operation: str) -> bool:
+    try:
+        return bool(match(pattern, name))
+    except re.error as error:
+        raise ConvLoRAError(f"{operation}: '{pattern}' is no regular expression ({error})") from None
+
+
+def _is_literal(pattern: str) -> bool:
+    return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")
+
+
+def _nearest(target: Target, adaptable: Mapping[str, nn.Module]) -> str:
+    clause = f"; {nearest(target, adaptable)}" if isinstance(target, str) and adaptable else ""
+    return f"{len(adaptable)} can be adapted{clause}".replace("; nearest", ", nearest")
