@@ -284,11 +284,11 @@ class Slot(nn.Module):
                 for now, (then, version) in zip(self._sources(base, acting), sources, strict=True)
             ):
                 return fused
-        with torch.no_grad():
-            if not isinstance(base, nn.Parameter) or torch.compiler.is_compiling():
-                return self._compose(base, kind, acting)  # a computed weight may differ at every read
-            with torch.inference_mode(False):
-                fused = self._compose(base, kind, acting)
+        # Entering inference_mode(False) switches gradients on: no_grad comes after it.
+        with torch.inference_mode(False), torch.no_grad():
+            fused = self._compose(base, kind, acting)
+        if not isinstance(base, nn.Parameter) or torch.compiler.is_compiling():
+            return fused  # a computed weight may differ at every read
         self._fused[kind] = fused, [(tensor, _version(tensor)) for tensor in self._sources(base, acting)]
         return fused
 
