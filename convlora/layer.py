@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
 from convlora.conv import fuse
-from convlora.errors import ConvLoRAError
 from convlora.factors import Factorization, WeightSpec, get_factors
 
 CHILD = "convlora"  # the child module's name, so `<layer>.convlora.<adapter>.lora_A` in a full checkpoint
@@ -358,6 +357,10 @@ def _reset_parameters(self: Any) -> None:
         slot.active = active
 
 
+class _MissingError(AttributeError):
+    """The base has no such attribute (now), so `hasattr` is to say no."""
+
+
 def _property(kind: str) -> property:
     def read(self: Any) -> Any:
         try:
@@ -367,6 +370,8 @@ def _property(kind: str) -> property:
             if base is None or type(base).__name__ == "DTensor":  # sharded: whole only inside FSDP2's forward
                 return base
             return slot_of(self).effective(base, kind)
+        except _MissingError:
+            raise
         except AttributeError as error:
             # nn.Module.__getattr__ would swallow it and return the base weight.
             raise RuntimeError(f"{type(self).__name__}.{kind} cannot be formed: {error}") from error
@@ -393,7 +398,7 @@ def raw(layer: nn.Module, kind: str) -> Any:
     own = getattr(getattr(layer, "_convlora_base", type(layer)), kind, None)
     if isinstance(own, property):
         return own.__get__(layer)
-    raise ConvLoRAError(f"{type(layer).__name__} has no {kind}")
+    raise _MissingError(f"{type(layer).__name__} has no {kind}")
 
 
 def slot_of(layer: Any) -> Slot:
