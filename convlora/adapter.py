@@ -157,7 +157,7 @@ class Adapter:
         return self._update(self.layers[layer], 1.0)
 
     def _update(self, layer: LayerFactors, strength: float) -> Tensor:
-        wide = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in layer.tensors.items()}
+        wide = {name: _wide(t) for name, t in layer.tensors.items()}
         delta = layer.spec.from_convolution(get_factors(self.config.factors).delta(wide, layer.spec))
         return delta * (strength * self.config.scale(layer.rank, layer.alpha))
 
@@ -190,7 +190,7 @@ class Adapter:
                     problems.mismatched.append(f"{name} {tuple(base.shape)} instead of {shape}")
                 elif not problems:
                     bias = layer.tensors.get(BIAS)
-                    update = self._update(layer, strength) if kind == "weight" else bias.float() * strength  # type: ignore[union-attr]
+                    update = self._update(layer, strength) if kind == "weight" else _wide(bias) * strength  # type: ignore[arg-type]
                     merged[name] = fuse(base.detach(), [update.to(base.device)])
                     merged.update({key(alias, kind): merged[name] for alias in layer.aliases})
         problems.raise_if_any("Adapter.apply_to")
@@ -198,6 +198,10 @@ class Adapter:
         if hasattr(state_dict, "_metadata"):  # the versions of torch's modules
             result._metadata = state_dict._metadata  # type: ignore[attr-defined]
         return result
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def key(path: str, name: str) -> str:

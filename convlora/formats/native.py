@@ -51,7 +51,7 @@ def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     if adapter.fingerprint is not None:
         metadata["fingerprint"] = adapter.fingerprint
     metadata["checksum"] = checksum(tensors, metadata)
-    write_atomically(Path(path), to_bytes(tensors, metadata))
+    write_atomically(Path(path), _in_order(to_bytes(tensors, metadata)))
 
 
 def read(path: str | os.PathLike[str]) -> Adapter:
@@ -80,6 +80,16 @@ def read(path: str | os.PathLike[str]) -> Adapter:
         raise ConvLoRAError(f"read: '{path}': {error}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConvLoRAError(f"read: '{path}' has malformed metadata ({_one_line(error)})") from None
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with the metadata in order: safetensors writes it in random order."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
