@@ -1,0 +1,136 @@
+"""Train the small SPAN that the examples adapt: x4, 26 channels, clean bicubic input.
+
+    python examples/pretrain.py --images BSDS/train --test Set5/HR --exclude 302003 --compile
+
+Adam on L1 over patches of the photos and of the photos at 0.7 of their size, turned and mirrored;
+the learning rate falls along a cosine over the minutes given, and what is saved is an exponential
+average of the weights. The last third of the time sees larger patches.
+
+Two things make an hour on one core enough. The network starts as bicubic interpolation, and it
+trains with its input times 4 instead of SPAN's 255, so that features start near 1; the file holds
+`conv_1` divided accordingly, the same function for code that multiplies by 255.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from sr.data import Image, Pair, Patches, Photo, crop_to_multiple, read_folder, to_image, to_tensor
+from sr.degradations import clean, resize
+from sr.metrics import quality
+from sr.models import save_weights, span, start_as_bicubic, upscale
+from sr.report import one_line_errors
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+RANGE = 4.0  # what the input, less its mean, is multiplied by during training
+FACTORS = (1.0, 0.7)  # sizes of the photos
+PATCHES = ((0.0, 32), (0.67, 48))  # (from this share of the time on, side of a low patch in pixels)
+WARMUP = 200  # steps
+
+
+def shrunk(image: Image, factor: float) -> Image:
+    """The photo resized by `factor`."""
+    height, width = (round(side * factor) for side in image.shape[:2])
+    return image if factor == 1 else to_image(resize(to_tensor(image), height, width))
+
+
+def clean_pairs(photos: list[Photo], factors: tuple[float, ...]) -> list[Pair]:
+    """Every photo at every factor, with its clean low-resolution input."""
+    pairs = []
+    for photo in photos:
+        for factor in factors:
+            high = crop_to_multiple(shrunk(photo.pixels, factor), 4)
+            pairs.append(Pair(photo.name, clean(high), high))
+    return pairs
+
+
+def learning_rate(progress: float, step: int, peak: float) -> float:
+    """A linear warm-up, then a cosine from `peak` to a thousandth of it."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return peak * min(1.0, (step + 1) / WARMUP) * (0.001 + 0.999 * cosine)
+
+
+def save(model: nn.Module, path: Path, facts: dict[str, object]) -> None:
+    """Write the weights as SPAN has them, for an input times 255."""
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["conv_1.weight"] *= RANGE / 255
+    save_weights(state, path, facts)
+
+
+@one_line_errors
+def main(
+    images: Annotated[Path, typer.Option(help="Folder of training photos.")],
+    test: Annotated[Path | None, typer.Option(help="Folder of test photos (Set5's HR).")] = None,
+    out: Annotated[Path, typer.Option(help="Weights to write.")] = Path("span_x4_c26.safetensors"),
+    exclude: Annotated[list[str] | None, typer.Option(help="Photo to leave out, by stem.")] = None,
+    minutes: Annotated[float, typer.Option(help="Length of the training.")] = 84.0,
+    peak: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 1e-3,
+    batch: Annotated[int, typer.Option(help="Patches in a step.")] = 8,
+    channels: Annotated[int, typer.Option(help="Width of the network.")] = 26,
+    average: Annotated[float, typer.Option(help="Decay of the weight average.")] = 0.999,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and patches.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    every: Annotated[int, typer.Option(help="Steps between two saved checkpoints.")] = 1000,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the network.")] = False,
+) -> None:
+    """Train a collapsed SPAN x4 from random weights and write it as safetensors."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(seed)
+    photos = [photo for photo in read_folder(images) if photo.name not in set(exclude or [])]
+    pairs = clean_pairs(photos, FACTORS)
+    tests = clean_pairs(read_folder(test), (1.0,)) if test else []
+    print(f"{len(photos)} photos, {len(pairs)} pairs, {len(tests)} test photos", flush=True)
+
+    model = start_as_bicubic(span(channels, img_range=RANGE)).to(memory_format=torch.channels_last)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average))
+    optimizer = torch.optim.Adam(model.parameters(), lr=peak, fused=True)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    streams = [(share, iter(Patches(pairs, patch=patch, batch=batch, seed=seed))) for share, patch in PATCHES]
+
+    start, step, recent, progress = time.monotonic(), 0, [], 0.0
+    while progress < 1:
+        low, high = next([stream for share, stream in streams if share <= progress][-1])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, step, peak)
+        loss = F.l1_loss(forward(low.contiguous(memory_format=torch.channels_last)), high)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+        recent.append(loss.item())
+        step += 1
+        progress = (time.monotonic() - start) / (60 * minutes)
+        if step % every == 0 or progress >= 1:
+            facts = {
+                "architecture": f"SPAN x4, {channels} channels, Conv3XC collapsed to 3x3",
+                "data": f"{images.parent.name}/{images.name}: {len(photos)} photos at {FACTORS}",
+                "excluded": exclude or [],
+                "input": "bicubic x1/4, antialiased, rounded to uint8",
+                "recipe": f"L1, Adam, lr {peak} cosine, batch {batch}, LR patch {PATCHES}, weight "
+                f"average {average}, start as bicubic, input range {RANGE}, seed {seed}",
+                "steps": step,
+                "minutes": round(progress * minutes, 1),
+                "torch": torch.__version__,
+            }
+            save(averaged.module, out, facts)
+            outputs = [upscale(averaged.module, pair.low) for pair in tests]
+            reached = quality(outputs, [p.high for p in tests]).psnr if tests else float("nan")
+            model.train()
+            print(
+                f"{step:6d}  {60 * minutes * progress:5.0f} s  lr {group['lr']:.2e}  "
+                f"loss {sum(recent) / len(recent):.5f}  test {reached:.3f} dB",
+                flush=True,
+            )
+            recent.clear()
+
+
+if __name__ == "__main__":
+    typer.run(main)

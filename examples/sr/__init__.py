@@ -1,0 +1,1 @@
+"""What the examples share: photos, degradations, metrics, networks and the training loop."""
