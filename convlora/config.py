@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
@@ -81,20 +82,19 @@ class AdapterConfig:
             _fail("bias", self.bias, "True or False")
         if not _is_number(self.rank_dropout) or not 0 <= self.rank_dropout < 1:
             _fail("rank_dropout", self.rank_dropout, "a probability in [0, 1)")
-        _check_rank("rank", self.rank)
+        object.__setattr__(self, "rank", _rank("rank", self.rank))
         if self.alpha is not None:
-            _check_alpha("alpha", self.alpha)
-        for field, check in (("ranks", _check_rank), ("alphas", _check_alpha)):
+            object.__setattr__(self, "alpha", _alpha("alpha", self.alpha))
+        for field, check in (("ranks", _rank), ("alphas", _alpha)):
             mapping = getattr(self, field)
             if mapping is None:
                 continue
             if not isinstance(mapping, Mapping):
                 _fail(field, mapping, "a mapping {pattern: value}")
-            for pattern, value in mapping.items():
-                if not isinstance(pattern, str):
-                    _fail(field, pattern, "keyed by patterns (strings)")
-                check(f"{field}[{pattern!r}]", value)
-            object.__setattr__(self, field, dict(mapping) or None)
+            for pattern in mapping:
+                _check_text(f"{field} pattern", pattern)
+            checked = {pattern: check(f"{field}[{pattern!r}]", value) for pattern, value in mapping.items()}
+            object.__setattr__(self, field, checked or None)
 
     def scale(self, rank: int, alpha: float) -> float:
         """`alpha / rank`, or `alpha / sqrt(rank)` with `rank_scaling="sqrt"`.
@@ -166,7 +166,7 @@ def _as_tuple(field: str, value: Any) -> tuple[Target, ...]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _check_text(field: str, value: Any) -> None:
@@ -174,14 +174,16 @@ def _check_text(field: str, value: Any) -> None:
         _fail(field, value, "a string")
 
 
-def _check_rank(field: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+def _rank(field: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
         _fail(field, value, "an integer of at least 0")
+    return int(value)
 
 
-def _check_alpha(field: str, value: Any) -> None:
+def _alpha(field: str, value: Any) -> float:
     if not _is_number(value):
         _fail(field, value, "a finite number")
+    return value if isinstance(value, int) else float(value)
 
 
 def _fail(field: str, value: Any, must_be: str) -> None:

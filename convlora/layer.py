@@ -139,14 +139,14 @@ class LowRank(nn.Module):
             if self._bias_gain is not None:
                 self._bias_gain.fill_(strength)
 
-    def forward(self, kind: str = "weight") -> Tensor:
+    def forward(self, kind: str = "weight", dropout: bool = True) -> Tensor:
         if kind == "bias":
             assert self.lora_bias is not None
             assert self._bias_gain is not None
             return self.lora_bias * self._bias_gain
-        factors: Mapping[str, Tensor] = {name: self._parameters[name] for name in self._tensors}  # type: ignore[misc]
+        factors = {name: getattr(self, name) for name in self._tensors}  # no parameters in DataParallel's replicas
         p = self.config.rank_dropout
-        if self.training and p > 0:
+        if self.training and p > 0 and dropout:
             keep = (torch.rand(self.rank, device=self._gain.device) >= p).to(self._gain.dtype) / (1 - p)
             factors = self.factorization.drop(factors, keep)
         return self.spec.from_convolution(self.factorization.delta(factors, self.spec)) * self._gain
@@ -296,8 +296,8 @@ class Slot(nn.Module):
         device = base.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return fuse(base, [self._modules[name](kind) for name in acting])  # type: ignore[misc]
-        return fuse(base, [self._modules[name](kind) for name in acting])  # type: ignore[misc]
+                return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
+        return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
 
     def _sources(self, base: Tensor, acting: list[str]) -> list[Tensor]:
         tensors = [base]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import numbers
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -365,7 +366,7 @@ def _strengths(names: Names, operation: str) -> dict[str, float]:
             f"{operation}: expected a name, a list of names or {{name: strength}}, got {names!r}"
         ) from None
     for name, strength in strengths.items():
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+        if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not math.isfinite(strength):
             raise ConvLoRAError(f"{operation}: strength of {name!r} (={strength!r}) must be a finite number")
     return {name: float(strength) for name, strength in strengths.items()}
 

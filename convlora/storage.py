@@ -111,7 +111,11 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
     if problems:
         warnings.warn(f"load: left out what does not fit: {complaint}", ConvLoRAWarning, stacklevel=2)
     elif loaded.fingerprint is not None and loaded.fingerprint != fingerprint(fitting):
-        warnings.warn("load: the adapter was trained on another base of the same shapes", ConvLoRAWarning, stacklevel=2)
+        warnings.warn(
+            "load: the adapter was trained on another base of the same shapes, or on another precision of it",
+            ConvLoRAWarning,
+            stacklevel=2,
+        )
     if not present:
         place(root, [_placement(p, layer, loaded.layers[p]) for p, layer in fitting.items()], config)
         return model
@@ -174,6 +178,8 @@ def _show(spec: WeightSpec) -> str:
 
 
 def _copy(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise ConvLoRAError("adapter: the factors have no values yet (meta device)")
     whole = tensor.full_tensor() if type(tensor).__name__ == "DTensor" else tensor  # type: ignore[attr-defined]
     return whole.detach().to("cpu", copy=True)
 

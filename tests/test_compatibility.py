@@ -213,6 +213,23 @@ def test_averaged_model() -> None:
     averaged.eval()(x())
 
 
+def test_data_parallel_replicas_read_their_own_factors() -> None:
+    """What nn.DataParallel makes of a module on each device: parameters become plain attributes."""
+    layer = adapted_net(bias=True)[0]
+    replicas = {module: module._replicate_for_data_parallel() for module in layer.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = replicas[child]
+        for name, p in module._parameters.items():
+            setattr(replica, name, None if p is None else p.detach() + 1)
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.add_(1)
+    assert torch.equal(replicas[layer](x()), twin(x()))
+    assert not torch.equal(twin(x()), layer(x()))
+
+
 def test_threads_read_merged_weights_together() -> None:
     model = convlora.merge(adapted_net().eval())
     y, outputs = model(x()), []

@@ -51,3 +51,10 @@ def test_classes_have_no_json_form() -> None:
 def test_replace_checks_again() -> None:
     with pytest.raises(ConvLoRAError, match="rank"):
         AdapterConfig(targets="*").replace(rank=-1)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    config = AdapterConfig(targets="*", rank=numpy.int64(2), alpha=numpy.float32(0.5), ranks={"a": numpy.int32(3)})
+    assert AdapterConfig.from_json(config.to_json()) == config
+    assert type(config.rank) is int

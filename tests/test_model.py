@@ -456,6 +456,13 @@ def test_merging_non_finite_values_is_refused_and_changes_nothing() -> None:
     convlora.merge(large)  # the sum overflows, no value does
 
 
+def test_rank_dropout_never_gets_into_merged_weights() -> None:
+    model = adapted_net(rank=2, rank_dropout=0.9)
+    expected = model.eval()[0].weight.detach()
+    assert torch.equal(convlora.merge(model.train())[0].weight, expected)
+    assert torch.equal(convlora.remove(model)[0].weight, expected)
+
+
 def test_merge_works_in_inference_mode_and_training_goes_on_after_it() -> None:
     model, x = adapted_net().eval(), some_input()
     y = model(x).detach()

@@ -348,6 +348,16 @@ def test_places_that_cannot_be_written_are_one_clear_error(saved: Saved, tmp_pat
             convlora.save(model, place)
 
 
+def test_paths_of_another_type_and_factors_without_values_are_one_clear_error(saved: Saved) -> None:
+    model, base, path = saved
+    with pytest.raises(convlora.ConvLoRAError, match="write: '3' cannot be written"):
+        convlora.save(model, 3)  # type: ignore[arg-type]
+    with pytest.raises(convlora.ConvLoRAError, match="read: 'None' cannot be read"):
+        convlora.load(base, None)  # type: ignore[arg-type]
+    with pytest.raises(convlora.ConvLoRAError, match="no values yet"):
+        convlora.save(model.to("meta"), path)
+
+
 def test_a_link_stays_a_link_and_permissions_stay(saved: Saved, tmp_path: Path) -> None:
     model, _, path = saved
     path.chmod(0o640)

@@ -51,7 +51,7 @@ def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     if adapter.fingerprint is not None:
         metadata["fingerprint"] = adapter.fingerprint
     metadata["checksum"] = checksum(tensors, metadata)
-    write_atomically(Path(path), _in_order(to_bytes(tensors, metadata)))
+    write_atomically(path, _in_order(to_bytes(tensors, metadata)))
 
 
 def read(path: str | os.PathLike[str]) -> Adapter:
@@ -109,15 +109,15 @@ def update(digest: Any, name: str, tensor: Tensor) -> None:
         digest.update(flat.view(torch.uint8).numpy())
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write through a temporary file in the same folder, so that `path` is never half written.
 
     Raises:
         ConvLoRAError: it cannot be written; no temporary file stays behind.
     """
-    target = Path(os.path.realpath(path))  # a link keeps pointing where it points
     temporary = None
     try:
+        target = Path(os.path.realpath(path))  # a link keeps pointing where it points
         if target.is_dir():
             raise IsADirectoryError("it is a folder")
         mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
@@ -128,7 +128,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, mode)
         os.replace(temporary, target)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ConvLoRAError(f"write: '{path}' cannot be written ({_one_line(error)})") from None
     finally:
         if temporary is not None:
