@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from spandrel import ModelLoader
 from spandrel.architectures.SPAN.__arch.span import SPAN, Conv3XC, conv_layer
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ def save_weights(state: State, path: Path, facts: Mapping[str, object]) -> None:
     beside = path.with_name(path.name + ".part")
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     metadata = {"format": "pt", "provenance": json.dumps(facts, sort_keys=True)}
-    save_file(tensors, beside, metadata=metadata)
+    beside.write_bytes(save(tensors, metadata=metadata))
     os.replace(beside, path)
 
 

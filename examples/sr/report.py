@@ -98,10 +98,9 @@ def quality_table(rows: Sequence[Row], base: Row, title: str) -> Table:
     return table
 
 
-def busiest(image: Image, size: int) -> tuple[int, int]:
-    """The corner (top, left) of the `size` x `size` square with the strongest luma gradients."""
-    steps = np.hypot(*np.gradient(luma(image)))
-    sums = np.pad(steps.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+def strongest_change(one: Image, other: Image, size: int) -> tuple[int, int]:
+    """The corner (top, left) of the `size` x `size` square where two photos differ most in luma."""
+    sums = np.pad(np.abs(luma(one) - luma(other)).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     squares = sums[size:, size:] - sums[:-size, size:] - sums[size:, :-size] + sums[:-size, :-size]
     top, left = np.unravel_index(squares.argmax(), squares.shape)
     return int(top), int(left)
@@ -114,20 +113,23 @@ def save_comparison(
     shave: int,
     crop: int = 96,
 ) -> None:
-    """A picture with a line per photo: the whole, then the busiest square by each column, and truth."""
+    """A picture with a line per photo: the whole, then one square of it by each column, and the truth.
+
+    The square is where the last two columns differ most. The figures are PSNR-Y of the whole photo.
+    """
     figure = Figure(figsize=(2.1 * (len(columns) + 2), 2.35 * len(truths)), layout="constrained")
     grid = figure.subplots(len(truths), len(columns) + 2, squeeze=False)
     for line, (name, truth) in enumerate(truths):
         size = min(crop, *truth.shape[:2])
-        top, left = busiest(truth, size)
+        top, left = strongest_change(columns[-2][1][line], columns[-1][1][line], size)
         window = (slice(top, top + size), slice(left, left + size))
+        frame = Rectangle((left, top), size, size, fill=False, edgecolor="#ff2d55", linewidth=1.5)
         grid[line, 0].imshow(truth, interpolation="antialiased")
-        grid[line, 0].add_patch(Rectangle((left, top), size, size, fill=False, edgecolor="#ff2d55", linewidth=1.5))
+        grid[line, 0].add_patch(frame)
         grid[line, 0].set_xlabel(name, fontsize=8)
         for place, (_, outputs) in enumerate(columns, start=1):
             grid[line, place].imshow(outputs[line][window], interpolation="nearest")
-            psnr = psnr_y(outputs[line], truth, shave)
-            grid[line, place].set_xlabel(f"{psnr:.2f} dB", fontsize=8)
+            grid[line, place].set_xlabel(f"{psnr_y(outputs[line], truth, shave):.2f} dB", fontsize=8)
         grid[line, -1].imshow(truth[window], interpolation="nearest")
     for place, title in enumerate(["photo", *(title for title, _ in columns), "ground truth"]):
         grid[0, place].set_title(title, fontsize=9)
@@ -137,7 +139,7 @@ def save_comparison(
     figure.savefig(path, dpi=110)
 
 
-def save_curve(path: Path, trained: Trained, what: str, smooth: int = 15) -> None:
+def save_curve(path: Path, trained: Trained, what: str, smooth: int = 25) -> None:
     """The training loss (a running mean over `smooth` steps) and what was measured on the way."""
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     left = figure.subplots()

@@ -1,0 +1,421 @@
+"""The examples: metrics, degradations and network helpers against independent references; span.py as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("spandrel")
+pytest.importorskip("accelerate")
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parents[2] / "shared/data"
+WEIGHTS = ROOT / "examples/weights/span_x4_c26.safetensors"
+sys.path.insert(0, str(ROOT / "examples"))
+
+import span as example  # noqa: E402
+from PIL import Image as PilImage  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from spandrel import ModelLoader  # noqa: E402
+from spandrel.architectures.SPAN.__arch.span import SPAN, Conv3XC  # noqa: E402
+from sr.data import (  # noqa: E402
+    InputError,
+    Pair,
+    Patches,
+    Photo,
+    bundled_photos,
+    crop_to_multiple,
+    degraded_pairs,
+    image_files,
+    prepare,
+    read_image,
+    to_image,
+    to_tensor,
+)
+from sr.degradations import DEGRADATIONS, blur, clean, enlarge, gaussian_kernel  # noqa: E402
+from sr.metrics import psnr_y, quality, ssim_y  # noqa: E402
+from sr.models import collapse, expand, load_span, predict, save_span, span, start_as_bicubic, upscale  # noqa: E402
+from sr.report import strongest_change  # noqa: E402
+from sr.training import Schedule  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+import convlora  # noqa: E402
+
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data pack is not there")
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A smooth random picture with some texture."""
+    rng = np.random.default_rng(seed)
+    coarse = torch.from_numpy(rng.uniform(0, 1, size=(1, 3, height // 8 + 2, width // 8 + 2))).float()
+    smooth = nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+    return to_image(smooth + torch.from_numpy(rng.normal(0, 0.03, size=tuple(smooth.shape))).float())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small photos."""
+    path = tmp_path_factory.mktemp("photos")
+    for index in range(3):
+        PilImage.fromarray(photo(96 + 4 * index, 101, index)).save(path / f"{index}.png")
+    return path
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------
+
+
+def naive_luma(image: np.ndarray) -> np.ndarray:
+    red, green, blue = (image[..., channel].astype(np.float64) for channel in range(3))
+    return 16 + (65.481 * red + 128.553 * green + 24.966 * blue) / 255
+
+
+def naive_ssim(one: np.ndarray, other: np.ndarray) -> float:
+    """Wang et al. 2004, window by window."""
+    offsets = np.arange(11) - 5
+    line = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window = np.outer(line, line) / line.sum() ** 2
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    values = []
+    for top in range(one.shape[0] - 10):
+        for left in range(one.shape[1] - 10):
+            x, y = one[top : top + 11, left : left + 11], other[top : top + 11, left : left + 11]
+            mean_x, mean_y = (window * x).sum(), (window * y).sum()
+            var_x, var_y = (window * (x - mean_x) ** 2).sum(), (window * (y - mean_y) ** 2).sum()
+            both = (window * (x - mean_x) * (y - mean_y)).sum()
+            numerator = (2 * mean_x * mean_y + c1) * (2 * both + c2)
+            values.append(numerator / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)))
+    return float(np.mean(values))
+
+
+def test_psnr_is_ten_log_of_peak_over_squared_error() -> None:
+    truth, output = photo(40, 52), photo(40, 52, seed=1)
+    one, other = naive_luma(truth)[4:-4, 4:-4], naive_luma(output)[4:-4, 4:-4]
+    expected = 10 * np.log10(255**2 / ((one - other) ** 2).mean())
+    assert psnr_y(output, truth) == pytest.approx(expected, abs=1e-9)
+
+
+def test_ssim_is_the_mean_over_gaussian_windows() -> None:
+    truth = photo(36, 44)
+    output = enlarge(clean(truth))
+    expected = naive_ssim(naive_luma(truth)[4:-4, 4:-4], naive_luma(output)[4:-4, 4:-4])
+    assert ssim_y(output, truth) == pytest.approx(expected, abs=1e-9)
+
+
+def test_quality_is_the_mean_over_images() -> None:
+    truths = [photo(40, 40), photo(48, 44, 1)]
+    outputs = [enlarge(clean(truth)) for truth in truths]
+    reached = quality(outputs, truths)
+    assert reached.psnr == pytest.approx(np.mean([psnr_y(*pair) for pair in zip(outputs, truths, strict=True)]))
+    assert reached.ssim == pytest.approx(np.mean([ssim_y(*pair) for pair in zip(outputs, truths, strict=True)]))
+
+
+def set5() -> list[np.ndarray]:
+    return [crop_to_multiple(read_image(path), 4) for path in image_files(DATA / "set5/HR")]
+
+
+@needs_data
+def test_bicubic_on_set5_has_the_published_figures() -> None:
+    truths = set5()
+    reached = quality([enlarge(clean(truth)) for truth in truths], truths)
+    assert reached.psnr == pytest.approx(28.432, abs=0.005)
+    assert reached.ssim == pytest.approx(0.8113, abs=0.0005)
+
+
+@needs_data
+def test_released_network_on_set5_has_its_measured_figures() -> None:
+    model, scale = load_span(DATA / "weights/dscf_x4_c26_team23.safetensors")
+    truths = set5()
+    reached = quality([upscale(model, clean(truth, scale)) for truth in truths], truths)
+    assert reached.psnr == pytest.approx(31.745, abs=0.005)
+    assert reached.ssim == pytest.approx(0.8892, abs=0.0005)
+
+
+@needs_data
+def test_shipped_network_reaches_thirty_and_a_half_decibels_on_set5() -> None:
+    model, _ = load_span(WEIGHTS)
+    truths = set5()
+    assert quality([upscale(model, clean(truth)) for truth in truths], truths).psnr > 30.5
+
+
+# --- photos and degradations ------------------------------------------------------------------------------------------
+
+
+def test_bundled_photos_are_disjoint_colour_photographs() -> None:
+    training, held_out = bundled_photos()
+    names = [p.name for p in training + held_out]
+    assert len(set(names)) == len(names) == 8
+    assert [p.name for p in held_out] == ["astronaut", "chelsea", "china"]
+    for p in training + held_out:
+        assert p.pixels.dtype == np.uint8
+        assert p.pixels.shape[2] == 3
+        assert min(p.pixels.shape[:2]) >= 300
+
+
+@pytest.mark.parametrize("name", ["camera", "night"])
+def test_degradation_depends_on_the_seed_alone(name: str) -> None:
+    high, degrade = photo(96, 128), DEGRADATIONS[name]
+    first = degrade(high, 3, 4)
+    np.random.default_rng(1).normal(size=10)
+    torch.rand(3)
+    assert np.array_equal(first, degrade(high, 3, 4))
+    assert not np.array_equal(first, degrade(high, 4, 4))
+    assert first.shape == (24, 32, 3)
+
+
+def test_night_is_worse_than_camera_is_worse_than_clean() -> None:
+    high = photo(128, 128)
+    errors = [
+        np.mean([psnr_y(enlarge(degrade(high, seed, 4)), high) for seed in range(6)])
+        for degrade in (DEGRADATIONS["night"], DEGRADATIONS["camera"], DEGRADATIONS["clean"])
+    ]
+    assert errors == sorted(errors)
+
+
+def test_gaussian_kernel_has_the_stated_widths() -> None:
+    kernel = gaussian_kernel(0.9, 1.8, np.pi / 2)
+    y, x = np.meshgrid(np.arange(21) - 10, np.arange(21) - 10, indexing="ij")
+    assert kernel.sum() == pytest.approx(1)
+    assert np.sqrt((kernel * x**2).sum()) == pytest.approx(1.8, abs=1e-3)  # turned by a right angle
+    assert np.sqrt((kernel * y**2).sum()) == pytest.approx(0.9, abs=1e-3)
+
+
+def test_blur_keeps_a_flat_image_flat() -> None:
+    flat = torch.full((1, 3, 40, 40), 0.3)
+    assert torch.allclose(blur(flat, gaussian_kernel(2, 1, 0.4)), flat, atol=1e-6)
+
+
+@needs_data
+def test_camera_on_validation_photos_has_its_measured_bicubic_figure() -> None:
+    truths = [crop_to_multiple(read_image(path), 4) for path in image_files(DATA / "bsds/val")]
+    outputs = [enlarge(DEGRADATIONS["camera"](truth, seed, 4)) for seed, truth in enumerate(truths)]
+    reached = np.mean([psnr_y(output, truth) for output, truth in zip(outputs, truths, strict=True)])
+    assert reached == pytest.approx(24.763, abs=0.005)
+
+
+def test_images_survive_the_way_to_tensors_and_back() -> None:
+    image = photo(17, 23)
+    assert np.array_equal(to_image(to_tensor(image)), image)
+
+
+def test_numbered_files_are_sorted_by_number(tmp_path: Path) -> None:
+    for name in ("10.png", "9.png", "b.jpg", "a.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in image_files(tmp_path)] == ["9.png", "10.png", "a.png", "b.jpg"]
+
+
+def test_patches_are_aligned_and_seeded() -> None:
+    highs = [np.kron(photo(40, 48, seed), np.ones((4, 4, 1), dtype=np.uint8)) for seed in range(2)]
+    pairs = [Pair(str(index), high[::4, ::4], high) for index, high in enumerate(highs)]
+    low, high = next(iter(Patches(pairs, patch=16, batch=6, seed=5)))
+    assert low.shape == (6, 3, 16, 16)
+    assert torch.equal(high, low.repeat_interleave(4, 2).repeat_interleave(4, 3))
+    again = next(iter(Patches(pairs, patch=16, batch=6, seed=5)))
+    other = next(iter(Patches(pairs, patch=16, batch=6, seed=6)))
+    assert torch.equal(low, again[0])
+    assert not torch.equal(low, other[0])
+
+
+def test_degraded_pairs_differ_in_seed() -> None:
+    pairs = degraded_pairs([Photo("a", photo(64, 64))], DEGRADATIONS["camera"], scale=4, draws=3, seed=7)
+    assert [np.array_equal(p.low, DEGRADATIONS["camera"](p.high, 7 + i, 4)) for i, p in enumerate(pairs)] == [True] * 3
+
+
+def test_small_photos_are_refused_with_their_size() -> None:
+    with pytest.raises(InputError, match=r"1 of 2 .*192x192.*'b' \(100x300\)"):
+        prepare([Photo("a", photo(200, 200)), Photo("b", photo(300, 100))], 4, least=192)
+
+
+def test_the_square_shown_is_where_the_pictures_differ() -> None:
+    one, other = photo(80, 100), photo(80, 100)
+    other[30:50, 60:80] ^= 64
+    top, left = strongest_change(one, other, 24)
+    assert 26 <= top <= 30
+    assert 56 <= left <= 60
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def test_collapsed_span_equals_the_train_form() -> None:
+    model = SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=4)
+    low = torch.rand(1, 3, 13, 17)
+    with torch.no_grad():
+        fused, train_form = model.eval()(low), model.train()(low)
+        collapsed = collapse(model).train()(low)
+    assert not any(isinstance(module, Conv3XC) for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(collapsed, fused)
+    # The train form sums in another order; its features reach some hundreds.
+    assert torch.allclose(collapsed, train_form, rtol=1e-4, atol=1e-4 * float(train_form.abs().max()))
+
+
+@pytest.mark.parametrize("joined", [12, 5], ids=["square", "fewer joined channels"])
+def test_spandrel_loads_what_save_span_writes_bitwise(tmp_path: Path, joined: int) -> None:
+    model = span(12)
+    if joined != 12:
+        model.conv_cat = nn.Conv2d(48, joined, 1)
+        model.upsampler[0] = nn.Conv2d(joined, 48, 3, padding=1)
+    save_span(model, tmp_path / "span.safetensors")
+    descriptor = ModelLoader("cpu").load_from_file(tmp_path / "span.safetensors")
+    low = photo(24, 31)
+    assert (descriptor.architecture.id, descriptor.scale) == ("SPAN", 4)
+    again = collapse(descriptor.model).state_dict()
+    for key, value in model.state_dict().items():
+        slices = tuple(slice(side) for side in value.shape)
+        assert torch.equal(again[key][slices], value), key
+        assert again[key].count_nonzero() == value.count_nonzero(), key
+    fresh = ModelLoader("cpu").load_from_file(tmp_path / "span.safetensors").model
+    assert torch.equal(predict(fresh, low), predict(model, low))
+
+
+def test_expanded_span_trains_from_where_it_was() -> None:
+    model = span(8)
+    train_form = SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=4)
+    train_form.load_state_dict(expand(model.state_dict()))
+    low = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        expected, output = model(low), train_form.train()(low)
+    assert torch.allclose(output, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("form", ["collapsed", "eval_conv", "train"])
+def test_load_span_takes_every_form(tmp_path: Path, form: str) -> None:
+    model, path = span(8), tmp_path / "span.safetensors"
+    state = model.state_dict()
+    if form == "train":
+        save_span(model, path)
+    else:
+        infix = ".eval_conv" if form == "eval_conv" else ""
+        whole = {"conv_cat", "upsampler.0"}
+        names = {key: key.rpartition(".") for key in state}
+        save_file({f"{k[0]}{'' if k[0] in whole else infix}.{k[2]}": state[key] for key, k in names.items()}, path)
+    loaded, scale = load_span(path)
+    assert scale == 4
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+
+
+@needs_data
+def test_released_networks_of_both_widths_go_to_spandrel_and_back(tmp_path: Path) -> None:
+    low = clean(photo(96, 96))
+    for name in ("dscf_x4_c26_team23", "span_x4_c28_team46"):
+        model, _ = load_span(DATA / f"weights/{name}.safetensors")
+        save_span(model, tmp_path / "span.safetensors")
+        fresh = ModelLoader("cpu").load_from_file(tmp_path / "span.safetensors").model
+        assert torch.allclose(predict(fresh, low), predict(model, low), atol=1e-5)
+
+
+def test_start_as_bicubic_enlarges_before_any_training() -> None:
+    high = photo(64, 64)
+    for img_range in (4.0, 255.0):
+        output = upscale(start_as_bicubic(span(8, img_range=img_range)), clean(high))
+        assert psnr_y(output, enlarge(clean(high)), shave=8) > 35
+
+
+def test_shipped_weights_say_where_they_come_from() -> None:
+    assert WEIGHTS.stat().st_size < 2_000_000
+    state = load_file(WEIGHTS)
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert sum(value.numel() for value in state.values()) == 130_828
+
+
+def test_schedule_rises_then_falls_and_time_ends_it() -> None:
+    schedule = Schedule(steps=100, seconds=60, rate=1.0, warmup=10)
+    factors = [schedule.factor(step, schedule.progress(step, 0.0)) for step in range(101)]
+    assert int(np.argmax(factors)) == 10
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[-1] == 0
+    assert schedule.progress(10, 60.0) == 1
+
+
+# --- span.py as a user runs it ---------------------------------------------------------------------------------------
+
+
+def run_span(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", str(ROOT / "examples/span.py"), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "NO_COLOR": "1", "PYTHONWARNINGS": ""}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[str, Path]:
+    """(what it printed, where it wrote) of a run of a few steps."""
+    out = tmp_path_factory.mktemp("out")
+    result = run_span(
+        *("--photos", str(folder), "--held-out", str(folder), "--steps", "12", "--batch", "2", "--patch", "16"),
+        *("--draws", "2", "--lr", "1e-3", "--warmup", "2", "--threads", "1", "--out", str(out)),
+    )
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    return result.stdout, out
+
+
+def test_span_shows_every_row_and_holds_its_checks(short_run: tuple[str, Path]) -> None:
+    printed, out = short_run
+    rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+    assert list(rows) == ["bicubic", "base", "adapted", "merged", "in spandrel", "reloaded", "removed"]
+    for row in rows.values():
+        assert f"{row['psnr_y']:.3f}" in printed
+    assert rows["adapted"]["psnr_y"] != rows["base"]["psnr_y"]
+    for name, same in (("merged", "adapted"), ("reloaded", "adapted"), ("removed", "base")):
+        assert rows[name]["equals"] == same
+        assert rows[name]["psnr_y"] == pytest.approx(rows[same]["psnr_y"], abs=1e-3)
+    assert rows["reloaded"]["largest_difference"] == rows["removed"]["largest_difference"] == 0
+    assert "4 checks hold" in printed
+
+
+def test_span_writes_adapter_merged_network_pictures_and_figures(short_run: tuple[str, Path], folder: Path) -> None:
+    _, out = short_run
+    results = json.loads((out / "results.json").read_text())
+    assert results["steps"] == 12
+    assert results["adapter_bytes"] == (out / "adapter.safetensors").stat().st_size
+    for name in ("span.png", "span_curve.png"):
+        with PilImage.open(out / name) as picture:
+            assert min(picture.size) > 200
+    # What the run wrote, used without the run: adapter on the base, and the merged file in spandrel.
+    model, _ = load_span(WEIGHTS)
+    low = clean(read_image(folder / "0.png"))
+    base = predict(model, low)
+    adapted = predict(convlora.load(model, out / "adapter.safetensors"), low)
+    merged = predict(ModelLoader("cpu").load_from_file(out / "span_merged.safetensors").model, low)
+    assert not torch.equal(adapted, base)
+    assert torch.allclose(merged, adapted, atol=1e-5)
+
+
+def test_span_help_names_every_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    result = CliRunner().invoke(example.app, ["--help"])
+    assert result.exit_code == 0
+    for text in ("Network and photos", "Adapter", "Training", "Machine and output", "--held-out", "--rank", "--seed"):
+        assert text in result.output
+
+
+def test_span_refuses_bad_input_in_one_line(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/a.png").write_bytes(b"no image")
+    (tmp_path / "base.pth").write_bytes(b"no network")
+    save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    cases = {
+        ("--base", str(tmp_path / "none.pth")): "no such file",
+        ("--base", str(tmp_path / "base.pth")): "cannot be read",
+        ("--base", str(tmp_path / "other.safetensors")): "not a SPAN",
+        ("--photos", str(tmp_path / "none")): "no such folder",
+        ("--photos", str(tmp_path / "empty")): "no image in it",
+        ("--photos", str(tmp_path / "broken")): "cannot be read",
+        ("--photos", str(folder)): "smaller than 192x192",
+        ("--targets", "block_9.c1_r"): "selects no",
+    }
+    for options, message in cases.items():
+        result = CliRunner().invoke(example.app, [*options, *out])
+        assert result.exit_code == 1, (options, result.output)
+        assert message in result.output
+        assert result.output.startswith("error: ")
+        assert result.output.count("\n") == 1, result.output
