@@ -41,12 +41,14 @@ def select(
     named = list(model.named_modules(remove_duplicate=False))
     reasons = {id(module): why_not(module) for _, module in named}
     adaptable = {name: module for name, module in named if reasons[id(module)] is None}
+    # The modules of a norm or of an adapter are parts of a layer, not what a name without wildcard means.
+    parts = {id(part) for module in adaptable.values() for part in module.modules()}
     selected: set[int] = set()
     for target in targets:
         hits = [(name, module) for name, module in named if _hits(target, name, module, operation)]
         if isinstance(target, str) and _is_literal(target):
             for name, module in hits:
-                if reason := reasons[id(module)]:
+                if (reason := reasons[id(module)]) and id(module) not in parts:
                     inside = f"; for the layers inside: '{target}.*'" if any(True for _ in module.children()) else ""
                     raise ConvLoRAError(f"{operation}: target '{target}' names '{name}': {reason}{inside}")
         found = {id(module) for _, module in hits if reasons[id(module)] is None}
