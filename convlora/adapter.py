@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from convlora.config import AdapterConfig
-from convlora.conv import fuse
+from convlora.conv import fuse, is_finite
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors import WeightSpec, get_factors
 
@@ -76,7 +76,7 @@ class Adapter:
                     problems.mismatched.append(f"{key(path, name)} {tuple(tensor.shape)} instead of {shape}")
                 elif not tensor.is_floating_point():
                     problems.mismatched.append(f"{key(path, name)} {tensor.dtype} instead of floating point")
-                elif not bool(tensor.isfinite().all()):
+                elif not is_finite(tensor):
                     problems.non_finite.append(key(path, name))
         problems.raise_if_any("Adapter")
 
@@ -130,6 +130,8 @@ class Adapter:
         """
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ConvLoRAError(f"Adapter.to: dtype (={dtype}) must be a floating point dtype")
+        if all(t.dtype == dtype for layer in self.layers.values() for t in layer.tensors.values()):
+            return self
         cast = {
             path: LayerFactors(
                 {name: t.to(dtype) for name, t in layer.tensors.items()},

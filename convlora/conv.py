@@ -5,6 +5,7 @@ This is the plain composite, the reference for every faster form of the same lay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -24,3 +25,16 @@ def fuse(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
     for update in updates:
         total = total + update
     return total.to(weight.dtype)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or NaN; true of a tensor without values (meta device).
+
+    Example:
+        >>> is_finite(torch.full((2,), 3e38)), is_finite(torch.tensor([1.0, torch.nan]))
+        (True, False)
+    """
+    if values.is_meta:
+        return True
+    # One pass; a sum can overflow though every term is finite, so a doubt is looked into.
+    return math.isfinite(values.detach().sum(dtype=torch.float32)) or bool(values.isfinite().all())

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from convlora.config import AdapterConfig, Targets
+from convlora.conv import is_finite
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.factors import WeightSpec, get_factors
 from convlora.layer import (
@@ -408,7 +408,7 @@ def merge(model: M, names: Names | None = None, *, check_finite: bool = True) ->
         slot_of(layer).merge(strengths)
         for kind in ("weight", "bias"):
             value = getattr(layer, kind)
-            if check_finite and value is not None and not _is_finite(value):
+            if check_finite and value is not None and not is_finite(value):
                 bad.append(f"'{path}.{kind}'")
     if bad:
         for slot, state in before:
@@ -435,6 +435,7 @@ def merged(model: M) -> Iterator[M]:
     """Merge inside the block; the former state comes back, also after an exception.
 
     Example:
+        >>> import torch
         >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
         >>> with merged(model):
         ...     y = model(torch.ones(1, 3, 8, 8))
@@ -442,13 +443,6 @@ def merged(model: M) -> Iterator[M]:
     with _restored(_with_adapters(model, "merged")):
         merge(model)
         yield model
-
-
-def _is_finite(value: Tensor) -> bool:
-    if value.is_meta:
-        return True
-    # One pass; a sum can overflow though every term is finite, so a doubt is looked into.
-    return math.isfinite(value.detach().sum(dtype=torch.float32)) or bool(value.isfinite().all())
 
 
 def _plan_baking(root: nn.Module, merged_layers: Sequence[nn.Module]) -> list[Callable[[], None]]:
