@@ -294,7 +294,7 @@ class Slot(nn.Module):
     def _compose(self, base: Tensor, kind: str, acting: list[str]) -> Tensor:
         # Called as modules, so that hooks (FSDP2 unshards in one) run.
         device = base.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
         return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
