@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+import zlib
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from convlora.adapter import Adapter, LayerFactors, key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors import WeightSpec
-from convlora.formats.native import update
+from convlora.formats.native import as_bytes
 from convlora.layer import Adapted, LowRank, raw, slot_of, weight_spec, why_not
 from convlora.model import Placement, adapted_layers, check_injectable, only_name, place, unwrap
 from convlora.targets import nearest
@@ -132,6 +133,7 @@ def _match(root: nn.Module, loaded: Adapter, swap: str | None) -> tuple[dict[str
     """File path -> layer for the layers that fit, and what does not; `swap`: the adapter to be overwritten."""
     modules = dict(root.named_modules(remove_duplicate=False))
     fitting: dict[str, nn.Module] = {}
+    taken: set[int] = set()
     problems = Problems()
     for path, factors in loaded.layers.items():
         layer = modules.get(path)
@@ -147,10 +149,11 @@ def _match(root: nn.Module, loaded: Adapter, swap: str | None) -> tuple[dict[str
             problems.mismatched.append(f"{path} (the file has a bias delta, the layer no bias)")
         elif swap is not None and (reason := _cannot_swap(layer, swap, loaded, factors)):
             problems.mismatched.append(f"{path} ({reason})")
-        elif any(layer is other for other in fitting.values()):
+        elif id(layer) in taken:
             problems.mismatched.append(f"{path} (a second entry for one module)")
         else:
             fitting[path] = layer
+            taken.add(id(layer))
     return fitting, problems
 
 
@@ -185,11 +188,17 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def fingerprint(layers: Mapping[str, nn.Module]) -> str | None:
-    """SHA-256 over the base weights of layers; None while there are no values (meta device)."""
+    """SHA-256 over name, dtype, shape and CRC-32 of each base weight; None while there are no values (meta device).
+
+    It tells bases apart, which needs no cryptography: CRC-32 takes a fraction of the time, and one changed element of
+    up to 32 bits always changes it.
+    """
     digest = hashlib.sha256()
     for path in sorted(layers):
         weight = raw(layers[path], "weight")
         if weight.is_meta:
             return None
-        update(digest, key(path, "weight"), _copy(weight) if type(weight).__name__ == "DTensor" else weight)
+        whole = _copy(weight) if type(weight).__name__ == "DTensor" else weight
+        crc = zlib.crc32(as_bytes(whole))
+        digest.update(f"{key(path, 'weight')}|{whole.dtype}|{tuple(whole.shape)}|{crc}\n".encode())
     return f"sha256:{digest.hexdigest()}"

@@ -99,7 +99,7 @@ def _serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
             raise ConvLoRAError(f"write: adapter files have no {tensor.dtype} (of '{name}'); use .to(torch.float32)")
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        parts.append(_bytes(tensor))
+        parts.append(as_bytes(tensor))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
@@ -117,10 +117,10 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 def update(digest: Any, name: str, tensor: Tensor) -> None:
     """Feed a tensor's name, dtype, shape and bytes to a hash."""
     digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    digest.update(_bytes(tensor))
+    digest.update(as_bytes(tensor))
 
 
-def _bytes(tensor: Tensor) -> Any:
+def as_bytes(tensor: Tensor) -> Any:
     """A tensor's bytes in C order, as a buffer."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
