@@ -21,7 +21,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from sr.data import Image, Pair, Patches, Photo, crop_to_multiple, read_folder, to_image, to_tensor
+from sr.data import Image, Pair, Patches, Photo, crop_to_multiple, prepare, read_folder, to_image, to_tensor
 from sr.degradations import clean, resize
 from sr.metrics import quality
 from sr.models import save_weights, span, start_as_bicubic, upscale
@@ -85,7 +85,8 @@ def main(
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     photos = [photo for photo in read_folder(images) if photo.name not in set(exclude or [])]
-    pairs = clean_pairs(photos, FACTORS)
+    least = math.ceil(4 * max(patch for _, patch in PATCHES) / min(FACTORS)) + 4
+    pairs = clean_pairs(prepare(photos, 4, least), FACTORS)
     tests = clean_pairs(read_folder(test), (1.0,)) if test else []
     print(f"{len(photos)} photos, {len(pairs)} pairs, {len(tests)} test photos", flush=True)
 

@@ -184,7 +184,7 @@ def main(
 
     # 7. What came out.
     rows = [bicubic, base_row, adapted, merged, elsewhere, reloaded, removed]
-    gain = adapted.psnr - base_row.psnr
+    gain = adapted.quality.psnr - base_row.quality.psnr
     file_size = (out / "adapter.safetensors").stat().st_size
     title = f"{len(judging)} held-out photos, {HELD_OUT_DRAWS} draws of '{degradation}' each"
     console.print(quality_table(rows, base_row, title))
@@ -203,7 +203,7 @@ def main(
         "device": device_name(accelerator.device),
         "versions": {"torch": torch.__version__, "convlora": convlora.__version__},
         "training_photos": [photo.name for photo in training],
-        "held_out_photos": [photo.name for photo in judging],
+        "held_out_photos": [test.name for test in tests],  # in the order of each row's figures
         "layers": len(size.layers),
         "trained_parameters": size.trainable,
         "base_parameters": size.total,

@@ -42,9 +42,9 @@ class Pair:
 def bundled_photos() -> tuple[list[Photo], list[Photo]]:
     """(training, held-out) colour photographs in the wheels of scikit-image and scikit-learn.
 
-    Held out: a person, an animal and a building. Both views of the motorcycle train, for they show
-    one scene. Left out are the pictures of no camera on the ground: retina, Hubble's deep field,
-    the microscope's tissue.
+    Held out: a person, an animal and a flower. Both views of the motorcycle train, for they show
+    one scene. Left out is what no camera in a hand took: retina, Hubble's deep field, tissue under
+    a microscope.
     """
     from skimage import data
     from sklearn.datasets import load_sample_image
@@ -55,12 +55,12 @@ def bundled_photos() -> tuple[list[Photo], list[Photo]]:
         "rocket": data.rocket(),
         "motorcycle-left": left,
         "motorcycle-right": right,
-        "flower": load_sample_image("flower.jpg"),
+        "china": load_sample_image("china.jpg"),
     }
     held_out = {
         "astronaut": data.astronaut(),
         "chelsea": data.chelsea(),
-        "china": load_sample_image("china.jpg"),
+        "flower": load_sample_image("flower.jpg"),
     }
     return [Photo(*item) for item in training.items()], [Photo(*item) for item in held_out.items()]
 

@@ -52,16 +52,15 @@ def ssim_y(output: Image, truth: Image, shave: int = 4) -> float:
 
 @dataclass(frozen=True)
 class Quality:
-    """Mean PSNR-Y in dB and mean SSIM-Y over some images."""
+    """Mean PSNR-Y in dB and mean SSIM-Y over some images, and the PSNR-Y of each."""
 
     psnr: float
     ssim: float
+    psnrs: list[float]
 
 
 def quality(outputs: Sequence[Image], truths: Sequence[Image], shave: int = 4) -> Quality:
     """The means over pairs of images."""
-    pairs = list(zip(outputs, truths, strict=True))
-    return Quality(
-        sum(psnr_y(output, truth, shave) for output, truth in pairs) / len(pairs),
-        sum(ssim_y(output, truth, shave) for output, truth in pairs) / len(pairs),
-    )
+    psnrs = [psnr_y(output, truth, shave) for output, truth in zip(outputs, truths, strict=True)]
+    ssims = [ssim_y(output, truth, shave) for output, truth in zip(outputs, truths, strict=True)]
+    return Quality(sum(psnrs) / len(psnrs), sum(ssims) / len(ssims), psnrs)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from convlora import ConvLoRAError
 from sr.data import Image, InputError, to_image
-from sr.metrics import luma, psnr_y, quality
+from sr.metrics import Quality, luma, psnr_y, quality
 from sr.training import Trained
 
 
@@ -51,8 +51,7 @@ class Row:
     """One line of the table: a way to enlarge, its quality, and the line it must reproduce."""
 
     name: str
-    psnr: float
-    ssim: float
+    quality: Quality
     outputs: list[Tensor]
     equals: str = ""
     difference: float = 0.0
@@ -66,7 +65,8 @@ class Row:
 
     def as_json(self) -> dict[str, object]:
         """The figures without the outputs."""
-        facts = {"name": self.name, "psnr_y": self.psnr, "ssim_y": self.ssim}
+        reached = self.quality
+        facts = {"name": self.name, "psnr_y": reached.psnr, "ssim_y": reached.ssim, "psnr_y_each": reached.psnrs}
         if self.equals:
             facts |= {"equals": self.equals, "largest_difference": self.difference}
         return facts
@@ -82,7 +82,7 @@ def make_row(name: str, outputs: Sequence[Tensor], truths: Sequence[Image], shav
     if same is not None:
         pairs = zip(outputs, same.outputs, strict=True)
         difference = float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())
-    return Row(name, reached.psnr, reached.ssim, list(outputs), same.name if same else "", difference)
+    return Row(name, reached, list(outputs), same.name if same else "", difference)
 
 
 def quality_table(rows: Sequence[Row], base: Row, title: str) -> Table:
@@ -93,8 +93,9 @@ def quality_table(rows: Sequence[Row], base: Row, title: str) -> Table:
         table.add_column(column, justify="right")
     table.add_column("output equals")
     for row in rows:
-        gain = "" if row is base else f"{row.psnr - base.psnr:+.3f}"
-        table.add_row(row.name, f"{row.psnr:.3f}", f"{row.ssim:.4f}", gain, row.equality)
+        reached = row.quality
+        gain = "" if row is base else f"{reached.psnr - base.quality.psnr:+.3f}"
+        table.add_row(row.name, f"{reached.psnr:.3f}", f"{reached.ssim:.4f}", gain, row.equality)
     return table
 
 
