@@ -13,19 +13,19 @@ from convlora.config import AdapterConfig as AdapterConfig
 from convlora.errors import ConvLoRAError as ConvLoRAError
 from convlora.errors import ConvLoRAWarning as ConvLoRAWarning
 from convlora.factors import register_factors as register_factors
-from convlora.model import activate as activate
-from convlora.model import adapters as adapters
-from convlora.model import disabled as disabled
 from convlora.model import inject as inject
-from convlora.model import merge as merge
-from convlora.model import merged as merged
-from convlora.model import parameters as parameters
 from convlora.model import remove as remove
-from convlora.model import unmerge as unmerge
 from convlora.report import audit as audit
 from convlora.report import summary as summary
 from convlora.storage import adapter as adapter
 from convlora.storage import load as load
 from convlora.storage import save as save
+from convlora.switch import activate as activate
+from convlora.switch import disabled as disabled
+from convlora.switch import merge as merge
+from convlora.switch import merged as merged
+from convlora.switch import unmerge as unmerge
+from convlora.walk import adapters as adapters
+from convlora.walk import parameters as parameters
 
 __version__ = "0.1.0"

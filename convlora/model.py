@@ -1,116 +1,27 @@
-"""The verbs on a model: inject, remove, activate, merge, unmerge. All work in place and return the model."""
+"""Adapters into a model and out again: `inject` and `remove`."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
-import numbers
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from convlora.bake import plan_baking
 from convlora.config import AdapterConfig, Targets
-from convlora.conv import is_finite
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.factors import WeightSpec, get_factors
-from convlora.layer import (
-    Adapted,
-    LowRank,
-    Slot,
-    adapt,
-    is_stacked,
-    raw,
-    release,
-    slot_of,
-    weight_spec,
-)
+from convlora.layer import Adapted, adapt, raw, release, slot_of, weight_spec
+from convlora.slot import LowRank
 from convlora.targets import describe, per_layer, select
+from convlora.walk import adapted_layers, adapters, own, refuse_stacked, refuse_wrapped, slots, unwrap, with_adapters
 
 M = TypeVar("M", bound=nn.Module)
-Names = str | Iterable[str] | Mapping[str, float]
 
 _FROZEN = "_convlora_frozen"  # on a module while adapters are there: the parameters that inject froze
-
-
-# --- looking ----------------------------------------------------------------------------------------------------
-
-
-def unwrap(model: Any, operation: str) -> nn.Module:
-    """The module inside `torch.compile`, DDP and DataParallel wrappers: names are those of the bare model."""
-    if not isinstance(model, nn.Module):
-        raise ConvLoRAError(f"{operation}: expected an nn.Module, got {type(model).__name__}")
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:  # torch.compile's OptimizedModule
-            model = model._modules["_orig_mod"]
-        else:
-            return model  # type: ignore[no-any-return]
-
-
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layer name -> adapted layer, each once, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
-
-
-def slots(model: nn.Module) -> list[Slot]:
-    return [slot_of(module) for module in model.modules() if isinstance(module, Adapted)]
-
-
-def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
-    """`{name: AdapterConfig}` of what is injected, in order of injection; empty for a plain model.
-
-    Example:
-        >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=2)
-        >>> adapters(model)["default"].rank
-        2
-    """
-    found = slots(unwrap(model, "adapters"))
-    return {name: slot.low_rank(name).config for slot in found for name in slot.names()}
-
-
-def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """The trainable adapter parameters, of all adapters or of one.
-
-    Raises:
-        ConvLoRAError: the model has no adapter, or none of that name.
-
-    Example:
-        >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=2)
-        >>> [tuple(p.shape) for p in parameters(model)]
-        [(6, 9), (24, 6)]
-    """
-    found = slots(_with_adapters(model, "parameters", [name] if name is not None else []))
-    chosen = (slot.low_rank(n) for slot in found for n in slot.names() if name in (None, n))
-    return [p for low_rank in chosen for p in low_rank.parameters() if p.requires_grad]
-
-
-def only_name(model: nn.Module, name: str | None, operation: str) -> str:
-    """The adapter that a call means: the named one, or the only one."""
-    known = adapters(_with_adapters(model, operation, [name] if name is not None else []))
-    if name is None and len(known) > 1:
-        raise ConvLoRAError(f"{operation}: the model has adapters {sorted(known)}; say which by name=")
-    return next(iter(known)) if name is None else name
-
-
-def _with_adapters(model: nn.Module, operation: str, names: Iterable[str] = ()) -> nn.Module:
-    root = unwrap(model, operation)
-    known = adapters(root)
-    if not known:
-        raise ConvLoRAError(f"{operation}: the model has no adapters; inject or load one first")
-    for name in names:
-        if name not in known:
-            raise ConvLoRAError(f"{operation}: no adapter {name!r}; the model has {sorted(known)}")
-    return root
-
-
-# --- inject and remove ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -155,8 +66,8 @@ def inject(
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3))
         >>> _ = inject(model, targets=["0"], rank=2)
-        >>> tuple(model[0].weight.shape), len(parameters(model))
-        ((8, 3, 3, 3), 2)
+        >>> tuple(model[0].weight.shape), list(adapters(model))
+        ((8, 3, 3, 3), ['default'])
     """
     if config is None:
         if targets is None:
@@ -190,7 +101,7 @@ def inject(
 
 def check_injectable(model: Any, config: AdapterConfig, operation: str) -> nn.Module:
     """The bare model if an adapter of this config can go in; raises otherwise."""
-    _refuse_wrapped(model, operation)
+    refuse_wrapped(model, operation)
     root = unwrap(model, operation)
     if config.init not in (inits := get_factors(config.factors).inits):
         raise ConvLoRAError(f"{operation}: {config.factors!r} has no init {config.init!r}; it has {', '.join(inits)}")
@@ -200,7 +111,7 @@ def check_injectable(model: Any, config: AdapterConfig, operation: str) -> nn.Mo
         )
     if any(slot.merged for slot in slots(root)):
         raise ConvLoRAError(f"{operation}: the model is merged; unmerge it first")
-    _refuse_stacked(root, operation)
+    refuse_stacked(root, operation)
     return root
 
 
@@ -238,15 +149,19 @@ def remove(model: M, name: str | None = None) -> M:
         >>> type(remove(model)[0]).__name__
         'Conv2d'
     """
-    _refuse_wrapped(model, "remove")
-    root = _with_adapters(model, "remove", [name] if name is not None else [])
-    _refuse_stacked(root, "remove")
+    refuse_wrapped(model, "remove")
+    root = unwrap(model, "remove")
+    if name is None and not adapters(root) and any(_FROZEN in module.__dict__ for module in root.modules()):
+        _thaw(root, [])  # the adapters went with a part of the model, `remove(model.body)`
+        return model
+    with_adapters(root, "remove", [name] if name is not None else [])
+    refuse_stacked(root, "remove")
     layers = list(adapted_layers(root).values())
     merged = [layer for layer in layers if slot_of(layer).merged]
     going = {layer: [n for n in slot_of(layer).names() if name in (None, n)] for layer in layers}
     if any(going[layer] and going[layer] != slot_of(layer).names() for layer in merged):
         raise ConvLoRAError(f"remove: {name!r} is one of several merged adapters; unmerge first")
-    bake = _plan_baking(root, [layer for layer in merged if going[layer]])
+    bake = plan_baking(root, [layer for layer in merged if going[layer]])
     for layer, names in going.items():
         for n in names:
             release(layer, n)
@@ -258,50 +173,26 @@ def remove(model: M, name: str | None = None) -> M:
 
 def _freeze(root: nn.Module) -> None:
     trainable = {
-        id(p) for m in root.modules() if not isinstance(m, LowRank) for p in _own(m).values() if p.requires_grad
+        id(p) for m in root.modules() if not isinstance(m, LowRank) for p in own(m).values() if p.requires_grad
     }
     for module in root.modules():
         if isinstance(module, LowRank):
             continue
-        names = [name for name, p in _own(module).items() if id(p) in trainable]
+        names = [name for name, p in own(module).items() if id(p) in trainable]
         if names:
             module.__dict__[_FROZEN] = tuple(dict.fromkeys((*module.__dict__.get(_FROZEN, ()), *names)))
             for name in names:
-                _own(module)[name].requires_grad_(False)
+                own(module)[name].requires_grad_(False)
 
 
 def _thaw(root: nn.Module, released: Iterable[nn.Module]) -> None:
     """Make trainable again what `inject` froze: everything with the last adapter, else the released layers."""
-    held = {id(p) for layer in adapted_layers(root).values() for p in _own(layer).values()}
+    held = {id(p) for layer in adapted_layers(root).values() for p in own(layer).values()}
     for module in list(root.modules()) if not adapted_layers(root) else released:
         for name in module.__dict__.pop(_FROZEN, ()):
             p = module._parameters.get(name)
             if p is not None and id(p) not in held:
                 p.requires_grad_(True)
-
-
-def _own(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in module._parameters.items() if p is not None}
-
-
-def _refuse_wrapped(model: Any, operation: str) -> None:
-    if not isinstance(model, nn.Module):
-        return
-    for module in model.modules():
-        kind = type(module).__name__
-        if isinstance(module, nn.parallel.DistributedDataParallel) or kind == "FullyShardedDataParallel":
-            raise ConvLoRAError(f"{operation}: the model is wrapped in {kind}; {operation} before wrapping")
-        if any(type(p).__name__ == "DTensor" for p in module._parameters.values()):
-            raise ConvLoRAError(f"{operation}: the model is sharded (DTensor); {operation} before fully_shard")
-
-
-def _refuse_stacked(root: nn.Module, operation: str) -> None:
-    for path, layer in adapted_layers(root).items():
-        if is_stacked(layer):
-            raise ConvLoRAError(
-                f"{operation}: '{path}' was parametrized after inject ({type(layer).__name__});"
-                " remove that parametrization first"
-            )
 
 
 def _warn_oversized(plan: Sequence[Placement], config: AdapterConfig) -> None:
@@ -317,192 +208,3 @@ def _warn_oversized(plan: Sequence[Placement], config: AdapterConfig) -> None:
             ConvLoRAWarning,
             stacklevel=3,
         )
-
-
-# --- which adapters act -----------------------------------------------------------------------------------------
-
-
-def activate(model: M, names: Names) -> M:
-    """Say which adapters act: a name, a list, or `{name: strength}`; `[]` switches all off.
-
-    Strengths add up: ΔW = Σ strength·scale·ΔWᵢ. A merged model stays merged, with the new weights.
-
-    Raises:
-        ConvLoRAError: no such adapter, or a strength that is no finite number. Nothing is changed then.
-
-    Example:
-        >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1, name="rain")
-        >>> _ = activate(model, {"rain": 0.5})
-    """
-    strengths = _strengths(names, "activate")
-    for slot in slots(_with_adapters(model, "activate", strengths)):
-        slot.activate(strengths)
-    return model
-
-
-@contextlib.contextmanager
-def disabled(model: M) -> Iterator[M]:
-    """Switch all adapters off inside the block; the former state comes back, also after an exception.
-
-    Example:
-        >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
-        >>> with disabled(model):
-        ...     model[0].weight is dict(model.named_parameters())["0.weight"]
-        True
-    """
-    with _restored(_with_adapters(model, "disabled")):
-        activate(model, [])
-        yield model
-
-
-def _strengths(names: Names, operation: str) -> dict[str, float]:
-    if isinstance(names, str):
-        names = [names]
-    try:
-        pairs = names.items() if isinstance(names, Mapping) else ((name, 1.0) for name in names)
-        strengths = dict(pairs)
-    except TypeError:
-        raise ConvLoRAError(
-            f"{operation}: expected a name, a list of names or {{name: strength}}, got {names!r}"
-        ) from None
-    for name, strength in strengths.items():
-        if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not math.isfinite(strength):
-            raise ConvLoRAError(f"{operation}: strength of {name!r} (={strength!r}) must be a finite number")
-    return {name: float(strength) for name, strength in strengths.items()}
-
-
-@contextlib.contextmanager
-def _restored(root: nn.Module) -> Iterator[None]:
-    before = [(slot, slot.state()) for slot in slots(root)]
-    try:
-        yield
-    finally:
-        for slot, state in before:
-            slot.restore(state)
-
-
-# --- merge and unmerge ------------------------------------------------------------------------------------------
-
-
-def merge(model: M, names: Names | None = None, *, check_finite: bool = True) -> M:
-    """From now on each layer computes with one fused weight, formed from the active (or the named) adapters.
-
-    The fused weight lies beside the base Parameter, which is never written: `state_dict()` stays the same, and
-    `unmerge` is exact in every dtype. While merged, no gradient reaches the factors.
-
-    Raises:
-        ConvLoRAError: no such adapter, or a fused weight with a non-finite value (`check_finite`), naming the
-            layers. The model is unchanged then.
-
-    Example:
-        >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
-        >>> merge(model)[0].weight.requires_grad
-        False
-    """
-    strengths = None if names is None else _strengths(names, "merge")
-    root = _with_adapters(model, "merge", strengths or ())
-    _refuse_stacked(root, "merge")
-    before = [(slot, slot.state()) for slot in slots(root)]
-    bad = []
-    for path, layer in adapted_layers(root).items():
-        slot_of(layer).merge(strengths)
-        for kind in ("weight", "bias"):
-            value = getattr(layer, kind)
-            if check_finite and value is not None and not is_finite(value):
-                bad.append(f"'{path}.{kind}'")
-    if bad:
-        for slot, state in before:
-            slot.restore(state)
-        raise ConvLoRAError(f"merge: non-finite values in {', '.join(bad)}; check the adapter, or check_finite=False")
-    return model
-
-
-def unmerge(model: M) -> M:
-    """Compute with base and adapters apart again, bitwise as before `merge`.
-
-    Example:
-        >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
-        >>> unmerge(merge(model))[0].weight.requires_grad
-        True
-    """
-    for slot in slots(_with_adapters(model, "unmerge")):
-        slot.unmerge()
-    return model
-
-
-@contextlib.contextmanager
-def merged(model: M) -> Iterator[M]:
-    """Merge inside the block; the former state comes back, also after an exception.
-
-    Example:
-        >>> import torch
-        >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
-        >>> with merged(model):
-        ...     y = model(torch.ones(1, 3, 8, 8))
-    """
-    with _restored(_with_adapters(model, "merged")):
-        merge(model)
-        yield model
-
-
-def _plan_baking(root: nn.Module, merged_layers: Sequence[nn.Module]) -> list[Callable[[], None]]:
-    """How the merged values get into the plain layers; to be carried out once the layers are plain."""
-    owners = Counter(id(p) for module in root.modules() for p in _own(module).values())
-    steps: list[Callable[[], None]] = []
-    untied = baked = 0
-    for layer, kind in itertools.product(merged_layers, ("weight", "bias")):
-        base, value = raw(layer, kind), getattr(layer, kind)
-        if base is value or value is None:
-            continue
-        value = value.detach()
-        if kind not in layer._parameters:
-            steps.append(_bare(layer, kind, value))
-            baked += 1
-        elif owners[id(base)] > 1:
-            steps.append(_set(layer, kind, value, base.requires_grad))
-            untied += 1
-        else:
-            steps.append(_assign(base, value))
-    if untied:
-        warnings.warn(
-            f"remove: {untied} shared Parameters were untied to keep merged values", ConvLoRAWarning, stacklevel=3
-        )
-    if baked:
-        warnings.warn(
-            f"remove: the norm of {baked} weights was baked in to keep merged values", ConvLoRAWarning, stacklevel=3
-        )
-    return steps
-
-
-def _bare(layer: nn.Module, kind: str, value: Tensor) -> Callable[[], None]:
-    """A step that takes a norm off a computed weight and leaves a plain Parameter with a value."""
-    hooks = {
-        type(hook).__name__: hook for hook in layer._forward_pre_hooks.values() if getattr(hook, "name", "") == kind
-    }
-
-    def step() -> None:
-        if "WeightNorm" in hooks:
-            nn.utils.remove_weight_norm(layer, kind)
-        elif "SpectralNorm" in hooks:
-            nn.utils.remove_spectral_norm(layer, kind)
-        else:
-            parametrize.remove_parametrizations(layer, kind, leave_parametrized=True)
-        layer._parameters[kind] = nn.Parameter(value)
-
-    if not (hooks.keys() & {"WeightNorm", "SpectralNorm"} or parametrize.is_parametrized(layer, kind)):
-        raise ConvLoRAError(f"remove: {type(layer).__name__} computes its {kind} in an unknown way; unmerge first")
-    return step
-
-
-def _set(layer: nn.Module, kind: str, value: Tensor, requires_grad: bool) -> Callable[[], None]:
-    def step() -> None:
-        layer._parameters[kind] = nn.Parameter(value, requires_grad)
-
-    return step
-
-
-def _assign(parameter: nn.Parameter, value: Tensor) -> Callable[[], None]:
-    def step() -> None:
-        parameter.data = value  # new memory: a state dict taken earlier keeps the base
-
-    return step

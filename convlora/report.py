@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from convlora.layer import raw, recording, slot_of
-from convlora.model import _with_adapters, activate, adapted_layers, disabled, slots, unwrap
+from convlora.switch import activate, disabled
+from convlora.walk import adapted_layers, slots, unwrap, with_adapters
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def audit(model: nn.Module, *inputs: Any) -> Audit:
         >>> audit(model, torch.zeros(1, 3, 8, 8)).ok
         True
     """
-    root = _with_adapters(model, "audit")
+    root = with_adapters(model, "audit")
     layers = adapted_layers(root)
     read: dict[bool, set[int]] = {}
     overwritten: set[int] = set()

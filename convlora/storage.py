@@ -16,9 +16,11 @@ from convlora.adapter import Adapter, LayerFactors, key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors import WeightSpec
 from convlora.formats.native import as_bytes
-from convlora.layer import Adapted, LowRank, raw, slot_of, weight_spec, why_not
-from convlora.model import Placement, adapted_layers, check_injectable, only_name, place, unwrap
+from convlora.layer import Adapted, raw, slot_of, weight_spec, why_not
+from convlora.model import Placement, check_injectable, place
+from convlora.slot import LowRank
 from convlora.targets import nearest
+from convlora.walk import adapted_layers, only_name, unwrap
 
 M = TypeVar("M", bound=nn.Module)
 

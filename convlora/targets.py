@@ -47,7 +47,8 @@ def select(
     for target in targets:
         hits = [(name, module) for name, module in named if _hits(target, name, module, operation)]
         if isinstance(target, str) and _is_literal(target):
-            for name, module in hits:
+            meant = [hit for hit in hits if hit[0] == target] or hits  # a full name means that layer first
+            for name, module in meant:
                 if (reason := reasons[id(module)]) and id(module) not in parts:
                     inside = f"; for the layers inside: '{target}.*'" if any(True for _ in module.children()) else ""
                     raise ConvLoRAError(f"{operation}: target '{target}' names '{name}': {reason}{inside}")

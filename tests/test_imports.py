@@ -15,8 +15,10 @@ PACKAGE = Path(convlora.__file__).parent
 LEVELS = [  # each file imports from lines above its own
     ["errors"],
     ["config", "factors", "conv"],
-    ["layer", "adapter"],
-    ["targets", "formats.native"],
+    ["slot", "adapter"],
+    ["layer", "formats.native"],
+    ["targets", "walk"],
+    ["bake", "switch"],
     ["model"],
     ["report", "storage"],
     ["__init__"],

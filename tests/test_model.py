@@ -260,6 +260,17 @@ def test_remove_one_of_two_adapters() -> None:
         convlora.remove(model)
 
 
+def test_removing_from_a_part_leaves_the_rest_frozen_until_the_whole_is_asked() -> None:
+    model = nn.ModuleDict({"body": net(), "head": nn.Linear(5, 5)})
+    convlora.inject(model, "body.0", rank=1)
+    convlora.remove(model["body"])
+    assert all(p.requires_grad for p in model["body"].parameters())
+    assert not model["head"].weight.requires_grad
+    assert convlora.remove(model)["head"].weight.requires_grad
+    with pytest.raises(convlora.ConvLoRAError, match="no adapters"):
+        convlora.remove(model)
+
+
 def test_removed_model_pickles_without_convlora(tmp_path: Path) -> None:
     model = convlora.remove(convlora.merge(adapted_net()))
     torch.save((model.eval(), some_input(), model(some_input())), tmp_path / "model.pt")

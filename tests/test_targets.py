@@ -79,6 +79,11 @@ def test_wildcards_pass_over_other_layers_and_literals_do_not() -> None:
         chosen("body")
 
 
+def test_a_full_name_may_also_be_the_tail_of_what_cannot_be_adapted() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)))
+    assert list(convlora.adapter(convlora.inject(model, "0", rank=1)).layers) == ["0"]
+
+
 def test_every_single_target_must_select_something() -> None:
     with pytest.raises(convlora.ConvLoRAError, match=r"'bdy\.0\.conv10' selects no layer; 6 .*: 'body\.0\.conv10'"):
         chosen(["head", "bdy.0.conv10"])

@@ -1,0 +1,144 @@
+"""Which adapters act, and whether as one fused weight: activate, disabled, merge, unmerge, merged."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from convlora.conv import is_finite
+from convlora.errors import ConvLoRAError
+from convlora.layer import slot_of
+from convlora.walk import adapted_layers, refuse_stacked, slots, with_adapters
+
+M = TypeVar("M", bound=nn.Module)
+Names = str | Iterable[str] | Mapping[str, float]
+
+
+def activate(model: M, names: Names) -> M:
+    """Say which adapters act: a name, a list, or `{name: strength}`; `[]` switches all off.
+
+    Strengths add up: ΔW = Σ strength·scale·ΔWᵢ. A merged model stays merged, with the new weights.
+
+    Raises:
+        ConvLoRAError: no such adapter, or a strength that is no finite number. Nothing is changed then.
+
+    Example:
+        >>> import convlora
+        >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1, name="rain")
+        >>> _ = activate(model, {"rain": 0.5})
+    """
+    strengths = _strengths(names, "activate")
+    for slot in slots(with_adapters(model, "activate", strengths)):
+        slot.activate(strengths)
+    return model
+
+
+@contextlib.contextmanager
+def disabled(model: M) -> Iterator[M]:
+    """Switch all adapters off inside the block; the former state comes back, also after an exception.
+
+    Example:
+        >>> import convlora
+        >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
+        >>> with disabled(model):
+        ...     model[0].weight is dict(model.named_parameters())["0.weight"]
+        True
+    """
+    with _restored(with_adapters(model, "disabled")):
+        activate(model, [])
+        yield model
+
+
+def _strengths(names: Names, operation: str) -> dict[str, float]:
+    if isinstance(names, str):
+        names = [names]
+    try:
+        pairs = names.items() if isinstance(names, Mapping) else ((name, 1.0) for name in names)
+        strengths = dict(pairs)
+    except TypeError:
+        raise ConvLoRAError(
+            f"{operation}: expected a name, a list of names or {{name: strength}}, got {names!r}"
+        ) from None
+    for name, strength in strengths.items():
+        if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not math.isfinite(strength):
+            raise ConvLoRAError(f"{operation}: strength of {name!r} (={strength!r}) must be a finite number")
+    return {name: float(strength) for name, strength in strengths.items()}
+
+
+@contextlib.contextmanager
+def _restored(root: nn.Module) -> Iterator[None]:
+    before = [(slot, slot.state()) for slot in slots(root)]
+    try:
+        yield
+    finally:
+        for slot, state in before:
+            slot.restore(state)
+
+
+def merge(model: M, names: Names | None = None, *, check_finite: bool = True) -> M:
+    """From now on each layer computes with one fused weight, formed from the active (or the named) adapters.
+
+    The fused weight lies beside the base Parameter, which is never written: `state_dict()` stays the same, and
+    `unmerge` is exact in every dtype. While merged, no gradient reaches the factors.
+
+    Raises:
+        ConvLoRAError: no such adapter, or a fused weight with a non-finite value (`check_finite`), naming the
+            layers. The model is unchanged then.
+
+    Example:
+        >>> import convlora
+        >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
+        >>> merge(model)[0].weight.requires_grad
+        False
+    """
+    strengths = None if names is None else _strengths(names, "merge")
+    root = with_adapters(model, "merge", strengths or ())
+    refuse_stacked(root, "merge")
+    before = [(slot, slot.state()) for slot in slots(root)]
+    bad = []
+    for path, layer in adapted_layers(root).items():
+        slot_of(layer).merge(strengths)
+        for kind in ("weight", "bias"):
+            value = getattr(layer, kind)
+            if check_finite and value is not None and not is_finite(value):
+                bad.append(f"'{path}.{kind}'")
+    if bad:
+        for slot, state in before:
+            slot.restore(state)
+        raise ConvLoRAError(f"merge: non-finite values in {', '.join(bad)}; check the adapter, or check_finite=False")
+    return model
+
+
+def unmerge(model: M) -> M:
+    """Compute with base and adapters apart again, bitwise as before `merge`.
+
+    Example:
+        >>> import convlora
+        >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
+        >>> unmerge(merge(model))[0].weight.requires_grad
+        True
+    """
+    for slot in slots(with_adapters(model, "unmerge")):
+        slot.unmerge()
+    return model
+
+
+@contextlib.contextmanager
+def merged(model: M) -> Iterator[M]:
+    """Merge inside the block; the former state comes back, also after an exception.
+
+    Example:
+        >>> import torch
+        >>> import convlora
+        >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
+        >>> with merged(model):
+        ...     y = model(torch.ones(1, 3, 8, 8))
+    """
+    with _restored(with_adapters(model, "merged")):
+        merge(model)
+        yield model

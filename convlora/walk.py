@@ -1,0 +1,109 @@
+"""Looking at a model: its adapted layers, its adapters, and what stands in the way of changing them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from convlora.config import AdapterConfig
+from convlora.errors import ConvLoRAError
+from convlora.layer import Adapted, is_stacked, slot_of
+from convlora.slot import Slot
+
+
+def unwrap(model: Any, operation: str) -> nn.Module:
+    """The module inside `torch.compile`, DDP and DataParallel wrappers: names are those of the bare model."""
+    if not isinstance(model, nn.Module):
+        raise ConvLoRAError(f"{operation}: expected an nn.Module, got {type(model).__name__}")
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's OptimizedModule
+            model = model._modules["_orig_mod"]
+        else:
+            return model  # type: ignore[no-any-return]
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Layer name -> adapted layer, each once, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+
+
+def slots(model: nn.Module) -> list[Slot]:
+    return [slot_of(module) for module in model.modules() if isinstance(module, Adapted)]
+
+
+def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
+    """`{name: AdapterConfig}` of what is injected, in order of injection; empty for a plain model.
+
+    Example:
+        >>> import convlora
+        >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+        >>> adapters(model)["default"].rank
+        2
+    """
+    found = slots(unwrap(model, "adapters"))
+    return {name: slot.low_rank(name).config for slot in found for name in slot.names()}
+
+
+def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+    """The trainable adapter parameters, of all adapters or of one.
+
+    Raises:
+        ConvLoRAError: the model has no adapter, or none of that name.
+
+    Example:
+        >>> import convlora
+        >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+        >>> [tuple(p.shape) for p in parameters(model)]
+        [(6, 9), (24, 6)]
+    """
+    found = slots(with_adapters(model, "parameters", [name] if name is not None else []))
+    chosen = (slot.low_rank(n) for slot in found for n in slot.names() if name in (None, n))
+    return [p for low_rank in chosen for p in low_rank.parameters() if p.requires_grad]
+
+
+def only_name(model: nn.Module, name: str | None, operation: str) -> str:
+    """The adapter that a call means: the named one, or the only one."""
+    known = adapters(with_adapters(model, operation, [name] if name is not None else []))
+    if name is None and len(known) > 1:
+        raise ConvLoRAError(f"{operation}: the model has adapters {sorted(known)}; say which by name=")
+    return next(iter(known)) if name is None else name
+
+
+def with_adapters(model: nn.Module, operation: str, names: Iterable[str] = ()) -> nn.Module:
+    root = unwrap(model, operation)
+    known = adapters(root)
+    if not known:
+        raise ConvLoRAError(f"{operation}: the model has no adapters; inject or load one first")
+    for name in names:
+        if name not in known:
+            raise ConvLoRAError(f"{operation}: no adapter {name!r}; the model has {sorted(known)}")
+    return root
+
+
+def own(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The Parameters that a module holds itself."""
+    return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def refuse_wrapped(model: Any, operation: str) -> None:
+    if not isinstance(model, nn.Module):
+        return
+    for module in model.modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.parallel.DistributedDataParallel) or kind == "FullyShardedDataParallel":
+            raise ConvLoRAError(f"{operation}: the model is wrapped in {kind}; {operation} before wrapping")
+        if any(type(p).__name__ == "DTensor" for p in module._parameters.values()):
+            raise ConvLoRAError(f"{operation}: the model is sharded (DTensor); {operation} before fully_shard")
+
+
+def refuse_stacked(root: nn.Module, operation: str) -> None:
+    for path, layer in adapted_layers(root).items():
+        if is_stacked(layer):
+            raise ConvLoRAError(
+                f"{operation}: '{path}' was parametrized after inject ({type(layer).__name__});"
+                " remove that parametrization first"
+            )
