@@ -35,12 +35,14 @@ class Summary:
 
     Args:
         layers: one entry per layer and adapter.
-        trainable: adapter parameters that require gradients.
-        total: parameters of the model without adapters.
+        trainable: parameters that require gradients: those of the adapters, and what was unfrozen after `inject`.
+        base: parameters of the model without adapters.
+        total: all parameters of the model, adapters included.
     """
 
     layers: list[LayerSummary]
     trainable: int
+    base: int
     total: int
 
     def __str__(self) -> str:
@@ -50,8 +52,8 @@ class Summary:
              f"{e.share:.1%}"]
             for e in self.layers
         ]  # fmt: skip
-        share = self.trainable / self.total if self.total else 0.0
-        foot = f"{self.trainable:,} trainable of {self.total:,} base parameters ({share:.2%})"
+        share = f" ({self.trainable / self.base:.2%} of the base)" if self.base else ""
+        foot = f"{self.trainable:,} of {self.total:,} parameters train{share}"
         return f"{_table(columns, rows, right=3)}\n{foot}"
 
 
@@ -63,19 +65,17 @@ def summary(model: nn.Module) -> Summary:
     Example:
         >>> from convlora import inject
         >>> report = summary(inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=2))
-        >>> report.trainable, report.total
-        (198, 224)
+        >>> report.trainable, report.base, report.total
+        (198, 224, 422)
     """
     root = unwrap(model, "summary")
     entries = []
     factor_ids: set[int] = set()
-    trainable = 0
     for path, layer in adapted_layers(root).items():
         own = sum(t.numel() for t in (raw(layer, "weight"), raw(layer, "bias")) if t is not None)
         for name in slot_of(layer).names():
             low_rank = slot_of(layer).low_rank(name)
             count = sum(p.numel() for p in low_rank.parameters())
-            trainable += sum(p.numel() for p in low_rank.parameters() if p.requires_grad)
             factor_ids |= {id(p) for p in low_rank.parameters()}
             base = getattr(type(layer), "_convlora_base").__name__  # noqa: B009, mypy knows no such attribute
             entries.append(
@@ -83,8 +83,9 @@ def summary(model: nn.Module) -> Summary:
                     path, base, low_rank.spec.shape, name, low_rank.config.factors, low_rank.rank, count, count / own
                 )
             )
-    total = sum(p.numel() for p in root.parameters() if id(p) not in factor_ids)
-    return Summary(entries, trainable, total)
+    base_count = sum(p.numel() for p in root.parameters() if id(p) not in factor_ids)
+    total = sum(p.numel() for p in root.parameters())
+    return Summary(entries, sum(p.numel() for p in root.parameters() if p.requires_grad), base_count, total)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def main(
     size = convlora.summary(model)
     console.print(
         f"[bold]{len(size.layers)}[/] layers adapted, [bold]{size.trainable:,}[/] parameters to "
-        f"train beside {size.total:,} frozen ({size.trainable / size.total:.1%}); "
+        f"train beside {size.base:,} frozen ({size.trainable / size.base:.1%}); "
         f"{len(training)} photos to train on, {len(judging)} held out; "
         f"{device_name(accelerator.device)}"
     )
@@ -206,7 +206,7 @@ def main(
         "held_out_photos": [test.name for test in tests],  # in the order of each row's figures
         "layers": len(size.layers),
         "trained_parameters": size.trainable,
-        "base_parameters": size.total,
+        "base_parameters": size.base,
         "steps": len(trained.losses),
         "training_seconds": round(trained.seconds, 1),
         "adapter_bytes": file_size,

@@ -14,7 +14,8 @@ def test_summary_counts_what_trains() -> None:
     model = convlora.inject(adapted_net(bias=True), ["0"], rank=2, name="b", factors="locon")
     report = convlora.summary(model)
     assert report.trainable == sum(p.numel() for p in convlora.parameters(model))
-    assert report.total == sum(p.numel() for p in net().parameters())
+    assert report.base == sum(p.numel() for p in net().parameters())
+    assert report.total == sum(p.numel() for p in model.parameters())
     assert [(e.name, e.type, e.shape, e.adapter, e.factors, e.rank) for e in report.layers[:3]] == [
         ("0", "Conv2d", (8, 3, 3, 3), "default", "convlora", 1),
         ("0", "Conv2d", (8, 3, 3, 3), "b", "locon", 2),
@@ -29,7 +30,7 @@ def test_summary_prints_a_table() -> None:
     lines = str(convlora.summary(adapted_net())).splitlines()
     assert lines[0].split() == ["layer", "type", "shape", "adapter", "factors", "rank", "parameters", "share"]
     assert lines[2].split() == ["0", "Conv2d", "8×3×3×3", "default", "convlora", "1", "99", "44.2%"]
-    assert lines[-1] == "332 trainable of 1,059 base parameters (31.35%)"
+    assert lines[-1] == "332 of 1,391 parameters train (31.35% of the base)"
     assert convlora.summary(net()).layers == []
 
 
