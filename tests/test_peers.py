@@ -250,9 +250,7 @@ def test_peft_on_span_in_train_form_is_ignored_in_eval_mode(peft: Any) -> None:
 
 @both
 @pytest.mark.parametrize("kind", [Twice, Tied])
-def test_shared_modules_and_shared_parameters_merge_exactly(
-    kind: type[Twice], factors: str, tmp_path: Path
-) -> None:
+def test_shared_modules_and_shared_parameters_merge_exactly(kind: type[Twice], factors: str, tmp_path: Path) -> None:
     base, x = kind().eval(), torch.randn(IMAGE)
     model = adapted(base, factors)
     assert (model.a is model.b) == (kind is Twice)
