@@ -37,19 +37,21 @@ def adapter(model: nn.Module, name: str | None = None) -> Adapter:
         >>> sorted(adapter(model).layers["0"].tensors)
         ['lora_A', 'lora_B']
     """
+    return _take(model, name, copy=True)
+
+
+def _take(model: nn.Module, name: str | None, copy: bool) -> Adapter:
     name = only_name(model, name, "adapter")
-    root = unwrap(model, "adapter")
-    first = {path: layer for path, layer in adapted_layers(root).items() if name in slot_of(layer).names()}
-    paths: dict[int, list[str]] = {}
-    for path, module in root.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), []).append(path)
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in unwrap(model, "adapter").named_modules(remove_duplicate=False):
+        if isinstance(module, Adapted) and name in slot_of(module).names():
+            paths.setdefault(module, []).append(path)
     layers = {}
-    for path, layer in first.items():
+    for layer, (path, *aliases) in paths.items():
         low_rank = slot_of(layer).low_rank(name)
-        tensors = {n: _copy(p) for n, p in low_rank.factors().items()}
-        aliases = tuple(other for other in paths[id(layer)] if other != path)
-        layers[path] = LayerFactors(tensors, low_rank.spec, low_rank.rank, low_rank.alpha, aliases)
-    return Adapter(low_rank.config, layers, fingerprint(first))
+        tensors = {n: _on_cpu(p, copy) for n, p in low_rank.factors().items()}
+        layers[path] = LayerFactors(tensors, low_rank.spec, low_rank.rank, low_rank.alpha, tuple(aliases))
+    return Adapter(low_rank.config, layers, fingerprint({path: layer for layer, (path, *_) in paths.items()}))
 
 
 def save(
@@ -70,7 +72,7 @@ def save(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = save(model, f"{folder}/rain.safetensors")
     """
-    adapter(model, name).to(dtype).write(path)
+    _take(model, name, copy=False).to(dtype).write(path)
     return model
 
 
@@ -182,11 +184,11 @@ def _show(spec: WeightSpec) -> str:
     )
 
 
-def _copy(tensor: Tensor) -> Tensor:
+def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
     if tensor.is_meta:
         raise ConvLoRAError("adapter: the factors have no values yet (meta device)")
     whole = tensor.full_tensor() if type(tensor).__name__ == "DTensor" else tensor  # type: ignore[attr-defined]
-    return whole.detach().to("cpu", copy=True)
+    return whole.detach().to("cpu", copy=copy)
 
 
 def fingerprint(layers: Mapping[str, nn.Module]) -> str | None:
@@ -200,7 +202,7 @@ def fingerprint(layers: Mapping[str, nn.Module]) -> str | None:
         weight = raw(layers[path], "weight")
         if weight.is_meta:
             return None
-        whole = _copy(weight) if type(weight).__name__ == "DTensor" else weight
+        whole = _on_cpu(weight, copy=False) if type(weight).__name__ == "DTensor" else weight
         crc = zlib.crc32(as_bytes(whole))
         digest.update(f"{key(path, 'weight')}|{whole.dtype}|{tuple(whole.shape)}|{crc}\n".encode())
     return f"sha256:{digest.hexdigest()}"
