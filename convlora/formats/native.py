@@ -24,6 +24,7 @@ from typing import Any
 import safetensors
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 from torch import Tensor
 
 from convlora.adapter import Adapter, LayerFactors, key
@@ -65,7 +66,7 @@ def read(path: str | os.PathLike[str]) -> Adapter:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ConvLoRAError(f"read: '{path}' is a safetensors file, but no convlora adapter")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+        tensors = from_bytes(Path(path).read_bytes())  # several times as fast as one by one
     except (SafetensorError, ValueError, OSError, TypeError) as error:
         if isinstance(error, ConvLoRAError):
             raise
