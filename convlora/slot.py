@@ -171,7 +171,7 @@ class Slot(nn.Module):
         self.active: tuple[str, ...] = ()
         self.merged = False
         self._before_merge: dict[str, float] | None = None
-        self._fused: dict[str, tuple[Tensor, list[tuple[Tensor, int]]]] = {}
+        self._fused: dict[str, tuple[Tensor, list[tuple[Tensor, int]]]] = {}  # kind -> (value, what it was formed from)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fused": {}}
@@ -222,20 +222,29 @@ class Slot(nn.Module):
             return base
         if not self.merged:
             return self._compose(base, kind, acting)
-        if kind in self._fused:
-            fused, sources = self._fused[kind]
-            if torch.compiler.is_compiling() or all(
-                now is then and _version(now) == version
-                for now, (then, version) in zip(self._sources(base, acting), sources, strict=True)
-            ):
-                return fused
-        # Entering inference_mode(False) switches gradients on: no_grad comes after it.
-        with torch.inference_mode(False), torch.no_grad():
-            fused = self._compose(base, kind, acting)
-        if not isinstance(base, nn.Parameter) or torch.compiler.is_compiling():
-            return fused  # a computed weight may differ at every read
-        self._fused[kind] = fused, [(tensor, _version(tensor)) for tensor in self._sources(base, acting)]
+        if torch.compiler.is_exporting() and kind in self._fused:
+            return self._fused[kind][0]
+        sources = self._sources(base, acting)
+        # A compiled graph cannot see versions change, so it forms the weight itself. A weight that the layer computes
+        # may differ at every read, and functional transforms bring tensors that must not outlive them.
+        if torch.compiler.is_compiling() or not all(isinstance(tensor, nn.Parameter) for tensor, _ in sources):
+            with torch.no_grad():
+                return self._compose(base, kind, acting)
+        fused, formed_from = self._fused.get(kind, (base, []))
+        if len(sources) != len(formed_from) or any(
+            now is not then or version != old for (now, version), (then, old) in zip(sources, formed_from, strict=True)
+        ):
+            # Entering inference_mode(False) switches gradients on: no_grad comes after it.
+            with torch.inference_mode(False), torch.no_grad():
+                fused = self._compose(base, kind, acting)
+            self._fused[kind] = fused, sources
         return fused
+
+    def swap(self, name: str, factors: Mapping[str, Tensor], config: AdapterConfig, alpha: float) -> None:
+        """Make an adapter that of another file with the same shapes, in place."""
+        self.low_rank(name).copy_(factors)
+        self.low_rank(name).configure(config, alpha)
+        self._fused.clear()
 
     def _compose(self, base: Tensor, kind: str, acting: list[str]) -> Tensor:
         # Called as modules, so that hooks (FSDP2 unshards in one) run.
@@ -245,12 +254,10 @@ class Slot(nn.Module):
                 return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
         return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
 
-    def _sources(self, base: Tensor, acting: list[str]) -> list[Tensor]:
-        tensors = [base]
-        for name in acting:
-            low_rank = self.low_rank(name)
-            tensors += [*low_rank.factors().values(), low_rank._gain]
-        return tensors
+    def _sources(self, base: Tensor, acting: list[str]) -> list[tuple[Tensor, int]]:
+        """What a fused weight is formed from, with versions. Strengths are not among them: `activate` clears."""
+        tensors = [base, *(t for name in acting for t in self.low_rank(name).factors().values())]
+        return [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
         self._fused.clear()
@@ -258,5 +265,9 @@ class Slot(nn.Module):
         return self
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _same(now: list[Tensor], then: list[tuple[Tensor, int]]) -> bool:
+    """Whether tensors are those of then, not written to since. Each read of a merged weight asks: a loop is fastest."""
+    for tensor, (source, version) in zip(now, then, strict=True):
+        if tensor is not source or (-1 if tensor.is_inference() else tensor._version) != version:
+            return False
+    return True
