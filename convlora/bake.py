@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
-from convlora.layer import raw
+from convlora.layer import raw, still
 from convlora.walk import own
 
 
@@ -21,7 +21,8 @@ def plan_baking(root: nn.Module, merged_layers: Sequence[nn.Module]) -> list[Cal
     steps: list[Callable[[], None]] = []
     untied = baked = 0
     for layer, kind in itertools.product(merged_layers, ("weight", "bias")):
-        base, value = raw(layer, kind), getattr(layer, kind)
+        with still(layer):
+            base, value = raw(layer, kind), getattr(layer, kind)
         if base is value or value is None:
             continue
         value = value.detach()

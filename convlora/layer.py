@@ -34,7 +34,7 @@ def why_not(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return f"{type(layer).__name__} has no shape yet (run one batch through the model first)"
     try:
-        weight = raw(layer, "weight")
+        weight = peek(layer, "weight")
     except Exception as error:
         return f"its weight cannot be read ({error})"
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
@@ -142,6 +142,25 @@ def raw(layer: nn.Module, kind: str) -> Any:
     if isinstance(own, property):
         return own.__get__(layer)
     raise _MissingError(f"{type(layer).__name__} has no {kind}")
+
+
+@contextlib.contextmanager
+def still(layer: nn.Module) -> Iterator[None]:
+    """Look at a layer's weight without effects: in train mode, reading a spectrally normed one moves its buffers."""
+    modes = [] if "weight" in layer._parameters else [(module, module.training) for module in layer.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def peek(layer: nn.Module, kind: str) -> Any:
+    """The weight or bias without adapters, looked at without effects."""
+    with still(layer):
+        return raw(layer, kind)
 
 
 def slot_of(layer: Any) -> Slot:

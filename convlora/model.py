@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from convlora.bake import plan_baking
 from convlora.config import AdapterConfig, Targets
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.factors import WeightSpec, get_factors
-from convlora.layer import Adapted, adapt, raw, release, slot_of, weight_spec
+from convlora.layer import Adapted, adapt, peek, release, slot_of, weight_spec
 from convlora.slot import LowRank
 from convlora.targets import describe, per_layer, select
 from convlora.walk import adapted_layers, adapters, own, refuse_stacked, refuse_wrapped, slots, unwrap, with_adapters
@@ -88,7 +89,7 @@ def inject(
     for path, layer in layers.items():
         r, a = layer_ranks[path], layer_alphas[path]
         if r > 0:
-            has_bias = config.bias and raw(layer, "bias") is not None
+            has_bias = config.bias and peek(layer, "bias") is not None
             plan.append(Placement(path, layer, weight_spec(layer), r, float(r if a is None else a), has_bias))
     if not plan:
         raise ConvLoRAError("inject: every selected layer has rank 0; give one of them a rank of at least 1")
@@ -118,9 +119,12 @@ def check_injectable(model: Any, config: AdapterConfig, operation: str) -> nn.Mo
 def place(root: nn.Module, plan: Sequence[Placement], config: AdapterConfig) -> None:
     """Carry out a checked plan: make all factors, then put them in and freeze the base."""
     made = []
-    for p in plan:
-        device = raw(p.layer, "weight").device
-        made.append(LowRank(config, p.spec, rank=p.rank, alpha=p.alpha, device=device, factors=p.factors, bias=p.bias))
+    with torch.inference_mode(False):  # factors are to be trained and switched outside it, too
+        for p in plan:
+            device = peek(p.layer, "weight").device
+            made.append(
+                LowRank(config, p.spec, rank=p.rank, alpha=p.alpha, device=device, factors=p.factors, bias=p.bias)
+            )
     _freeze(root)
     for p, low_rank in zip(plan, made, strict=True):
         adapt(p.layer, config.name, low_rank)

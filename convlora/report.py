@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlora.layer import raw, recording, slot_of
+from convlora.layer import peek, recording, slot_of
 from convlora.switch import activate, disabled
 from convlora.walk import adapted_layers, slots, unwrap, with_adapters
 
@@ -72,7 +72,7 @@ def summary(model: nn.Module) -> Summary:
     entries = []
     factor_ids: set[int] = set()
     for path, layer in adapted_layers(root).items():
-        own = sum(t.numel() for t in (raw(layer, "weight"), raw(layer, "bias")) if t is not None)
+        own = sum(t.numel() for t in (peek(layer, "weight"), peek(layer, "bias")) if t is not None)
         for name in slot_of(layer).names():
             low_rank = slot_of(layer).low_rank(name)
             count = sum(p.numel() for p in low_rank.parameters())

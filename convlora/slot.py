@@ -222,22 +222,22 @@ class Slot(nn.Module):
             return base
         if not self.merged:
             return self._compose(base, kind, acting)
-        if torch.compiler.is_exporting() and kind in self._fused:
-            return self._fused[kind][0]
-        sources = self._sources(base, acting)
-        # A compiled graph cannot see versions change, so it forms the weight itself. A weight that the layer computes
+        formed = self._fused.get(kind)
+        if formed is not None and torch.compiler.is_exporting():
+            return formed[0]
+        tensors = [base, *(t for name in acting for t in self.low_rank(name).factors().values())]
+        compiling = torch.compiler.is_compiling()
+        if formed is not None and not compiling and _unchanged(tensors, formed[1]):
+            return formed[0]
+        # A compiled graph cannot see a tensor change, so it forms the weight itself. A weight that the layer computes
         # may differ at every read, and functional transforms bring tensors that must not outlive them.
-        if torch.compiler.is_compiling() or not all(isinstance(tensor, nn.Parameter) for tensor, _ in sources):
+        if compiling or not all(isinstance(tensor, nn.Parameter) for tensor in tensors):
             with torch.no_grad():
                 return self._compose(base, kind, acting)
-        fused, formed_from = self._fused.get(kind, (base, []))
-        if len(sources) != len(formed_from) or any(
-            now is not then or version != old for (now, version), (then, old) in zip(sources, formed_from, strict=True)
-        ):
-            # Entering inference_mode(False) switches gradients on: no_grad comes after it.
-            with torch.inference_mode(False), torch.no_grad():
-                fused = self._compose(base, kind, acting)
-            self._fused[kind] = fused, sources
+        # Entering inference_mode(False) switches gradients on: no_grad comes after it.
+        with torch.inference_mode(False), torch.no_grad():
+            fused = self._compose(base, kind, acting)
+        self._fused[kind] = fused, [(tensor, _version(tensor)) for tensor in tensors]
         return fused
 
     def swap(self, name: str, factors: Mapping[str, Tensor], config: AdapterConfig, alpha: float) -> None:
@@ -254,20 +254,21 @@ class Slot(nn.Module):
                 return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
         return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
 
-    def _sources(self, base: Tensor, acting: list[str]) -> list[tuple[Tensor, int]]:
-        """What a fused weight is formed from, with versions. Strengths are not among them: `activate` clears."""
-        tensors = [base, *(t for name in acting for t in self.low_rank(name).factors().values())]
-        return [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
         self._fused.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
-def _same(now: list[Tensor], then: list[tuple[Tensor, int]]) -> bool:
+def _unchanged(tensors: list[Tensor], then: list[tuple[Tensor, int]]) -> bool:
     """Whether tensors are those of then, not written to since. Each read of a merged weight asks: a loop is fastest."""
-    for tensor, (source, version) in zip(now, then, strict=True):
-        if tensor is not source or (-1 if tensor.is_inference() else tensor._version) != version:
+    if len(tensors) != len(then):
+        return False
+    for tensor, (source, version) in zip(tensors, then, strict=True):
+        if tensor is not source or _version(tensor) != version:
             return False
     return True
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

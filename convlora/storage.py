@@ -16,7 +16,7 @@ from convlora.adapter import Adapter, LayerFactors, key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors import WeightSpec
 from convlora.formats.native import as_bytes
-from convlora.layer import Adapted, raw, slot_of, weight_spec, why_not
+from convlora.layer import Adapted, peek, slot_of, weight_spec, why_not
 from convlora.model import Placement, check_injectable, place
 from convlora.slot import LowRank
 from convlora.targets import nearest
@@ -125,9 +125,7 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
         place(root, [_placement(p, layer, loaded.layers[p]) for p, layer in fitting.items()], config)
         return model
     for p, layer in fitting.items():
-        low_rank = slot_of(layer).low_rank(config.name)
-        low_rank.copy_(loaded.layers[p].tensors)
-        low_rank.configure(config, loaded.layers[p].alpha)
+        slot_of(layer).swap(config.name, loaded.layers[p].tensors, config, loaded.layers[p].alpha)
     for p in left_out:  # no mixture of two adapters
         slot_of(present[p]).low_rank(config.name).reset_parameters()
     return model
@@ -149,7 +147,7 @@ def _match(root: nn.Module, loaded: Adapter, swap: str | None) -> tuple[dict[str
             problems.mismatched.append(
                 f"{path} (the file has weight {_show(factors.spec)}, the model {_show(weight_spec(layer))})"
             )
-        elif "lora_bias" in factors.tensors and raw(layer, "bias") is None:
+        elif "lora_bias" in factors.tensors and peek(layer, "bias") is None:
             problems.mismatched.append(f"{path} (the file has a bias delta, the layer no bias)")
         elif swap is not None and (reason := _cannot_swap(layer, swap, loaded, factors)):
             problems.mismatched.append(f"{path} ({reason})")
@@ -199,7 +197,7 @@ def fingerprint(layers: Mapping[str, nn.Module]) -> str | None:
     """
     digest = hashlib.sha256()
     for path in sorted(layers):
-        weight = raw(layers[path], "weight")
+        weight = peek(layers[path], "weight")
         if weight.is_meta:
             return None
         whole = _on_cpu(weight, copy=False) if type(weight).__name__ == "DTensor" else weight

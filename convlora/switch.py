@@ -10,9 +10,10 @@ from typing import TypeVar
 
 from torch import nn
 
+from convlora.adapter import key
 from convlora.conv import is_finite
 from convlora.errors import ConvLoRAError
-from convlora.layer import slot_of
+from convlora.layer import slot_of, still
 from convlora.walk import adapted_layers, refuse_stacked, slots, with_adapters
 
 M = TypeVar("M", bound=nn.Module)
@@ -101,16 +102,22 @@ def merge(model: M, names: Names | None = None, *, check_finite: bool = True) ->
     refuse_stacked(root, "merge")
     before = [(slot, slot.state()) for slot in slots(root)]
     bad = []
-    for path, layer in adapted_layers(root).items():
-        slot_of(layer).merge(strengths)
-        for kind in ("weight", "bias"):
-            value = getattr(layer, kind)
-            if check_finite and value is not None and not is_finite(value):
-                bad.append(f"'{path}.{kind}'")
-    if bad:
+    try:
+        for path, layer in adapted_layers(root).items():
+            slot_of(layer).merge(strengths)
+            with still(layer):
+                values = {kind: getattr(layer, kind) for kind in ("weight", "bias")}
+            bad += [
+                f"'{key(path, k)}'" for k, v in values.items() if check_finite and v is not None and not is_finite(v)
+            ]
+        if bad:
+            raise ConvLoRAError(
+                f"merge: non-finite values in {', '.join(bad)}; check the adapter, or check_finite=False"
+            )
+    except BaseException:
         for slot, state in before:
             slot.restore(state)
-        raise ConvLoRAError(f"merge: non-finite values in {', '.join(bad)}; check the adapter, or check_finite=False")
+        raise
     return model
 
 

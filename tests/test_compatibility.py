@@ -93,16 +93,34 @@ def test_hot_swap_and_strengths_recompile_nothing() -> None:
 
 
 def _base_of(model: nn.Module) -> nn.Module:
-    return convlora.remove(copy.deepcopy(model))
+    return convlora.remove(convlora.unmerge(copy.deepcopy(model)))
 
 
-def test_merged_models_swap_without_recompiling_once_read() -> None:
+def test_compiled_merged_models_are_never_stale() -> None:
     model = convlora.merge(adapted_net().eval())
-    compiled, _ = count_compilations(model)
-    compiled(x())
+    compiled, graphs = count_compilations(model)
+
+    def live() -> Tensor:
+        return convlora.unmerge(copy.deepcopy(model))(x())
+
+    torch.testing.assert_close(compiled(x()), live())
     randomise(model)
+    torch.testing.assert_close(compiled(x()), live())
     convlora.activate(model, {"default": 0.5})
-    torch.testing.assert_close(compiled(x()), convlora.unmerge(copy.deepcopy(model))(x()))
+    torch.testing.assert_close(compiled(x()), live())
+    convlora.load(model, convlora.adapter(randomise(convlora.inject(_base_of(model), NET_LAYERS, rank=1))))
+    torch.testing.assert_close(compiled(x()), live())
+    assert len(graphs) == 1
+
+
+def test_a_merged_export_has_the_operators_of_the_base() -> None:
+    model = convlora.merge(adapted_net(bias=True).eval())
+
+    def operators(module: nn.Module) -> list[str]:
+        graph = torch.export.export(module, (x(),)).graph
+        return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+    assert operators(model) == operators(net().eval())
 
 
 def test_identical_blocks_share_graphs() -> None:
@@ -263,3 +281,5 @@ def test_a_base_made_in_inference_mode_can_be_adapted() -> None:
         convlora.inject(model, NET_LAYERS, rank=1)
         assert torch.equal(model(x()), y)
         assert torch.equal(convlora.merge(model)(x()), y)
+    convlora.activate(model, {"default": 0.5})
+    assert convlora.unmerge(model)[0].weight.shape == (8, 3, 3, 3)

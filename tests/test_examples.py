@@ -43,7 +43,18 @@ from sr.data import (  # noqa: E402
 )
 from sr.degradations import DEGRADATIONS, blur, clean, enlarge, gaussian_kernel  # noqa: E402
 from sr.metrics import psnr_y, quality, ssim_y  # noqa: E402
-from sr.models import collapse, expand, load_span, predict, provenance, save_span, span, start_as_bicubic, upscale  # noqa: E402
+from sr.models import (
+    balance,
+    collapse,
+    expand,
+    load_span,
+    predict,
+    provenance,
+    save_span,
+    span,
+    start_as_bicubic,
+    upscale,
+)  # noqa: E402
 from sr.report import strongest_change  # noqa: E402
 from sr.training import Schedule  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
@@ -320,11 +331,31 @@ def test_start_as_bicubic_enlarges_before_any_training() -> None:
         assert psnr_y(output, enlarge(clean(high)), shave=8) > 35
 
 
+def test_balanced_blocks_all_speak_and_the_start_stays_bicubic() -> None:
+    model, low = (
+        start_as_bicubic(span(8, img_range=4.0)),
+        torch.cat([to_tensor(photo(24, 24, seed)) for seed in range(4)]),
+    )
+    high = photo(64, 64)
+    before = upscale(model, clean(high))
+    balance(model, low)
+    stds: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if name.endswith(("c1_r", "c3_r")):
+            module.register_forward_hook(lambda _, __, output, name=name: stds.update({name: float(output.std())}))
+    model(low)
+    assert len(stds) == 12
+    for name, std in stds.items():
+        assert std == pytest.approx(2.5 if name.endswith("c3_r") else 1.0, rel=1e-3), name
+    assert np.array_equal(upscale(model, clean(high)), before)
+
+
 def test_shipped_weights_say_where_they_come_from() -> None:
     assert WEIGHTS.stat().st_size < 2_000_000
     state = load_file(WEIGHTS)
     assert {value.dtype for value in state.values()} == {torch.float32}
     assert sum(value.numel() for value in state.values()) == 130_828
+    assert {"architecture", "data", "excluded", "input", "recipe", "steps"} <= provenance(WEIGHTS).keys()
 
 
 def test_schedule_rises_then_falls_and_time_ends_it() -> None:

@@ -230,6 +230,22 @@ def test_removing_merged_adapters_bakes_a_norm_in(norm: str) -> None:
     torch.testing.assert_close(model(x), adapted)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_looking_at_a_normed_layer_in_train_mode_moves_no_buffer(norm: str, tmp_path: Any) -> None:
+    """Reading a spectrally normed weight in train mode takes a step of the power iteration."""
+    model = nn.Sequential(NORMS[norm](nn.Conv2d(6, 8, 3))).train()
+    before = bits(model)
+    with pytest.raises(convlora.ConvLoRAError):
+        convlora.inject(model, ["0", "typo"])
+    convlora.inject(model, "0", rank=1)
+    convlora.save(convlora.unmerge(convlora.merge(model)), tmp_path / "a.safetensors")
+    convlora.summary(model)
+    convlora.remove(model)
+    assert bits(model) == before
+    assert all(module.training for module in model.modules())
+    convlora.load(model, tmp_path / "a.safetensors")
+
+
 class Standardised(nn.Conv2d):
     """A convolution with weight standardisation (Qiao et al. 2019)."""
 
