@@ -222,16 +222,18 @@ class Slot(nn.Module):
             return base
         if not self.merged:
             return self._compose(base, kind, acting)
+        exporting = torch.compiler.is_exporting()
+        # A compiled graph cannot see a tensor change, so it forms the weight itself; an exported one is a snapshot.
+        if torch.compiler.is_compiling() and not (exporting and kind in self._fused):
+            with torch.no_grad():
+                return self._compose(base, kind, acting)
         formed = self._fused.get(kind)
-        if formed is not None and torch.compiler.is_exporting():
-            return formed[0]
         tensors = [base, *(t for name in acting for t in self.low_rank(name).factors().values())]
-        compiling = torch.compiler.is_compiling()
-        if formed is not None and not compiling and _unchanged(tensors, formed[1]):
+        if formed is not None and (exporting or _unchanged(tensors, formed[1])):
             return formed[0]
-        # A compiled graph cannot see a tensor change, so it forms the weight itself. A weight that the layer computes
-        # may differ at every read, and functional transforms bring tensors that must not outlive them.
-        if compiling or not all(isinstance(tensor, nn.Parameter) for tensor in tensors):
+        # A weight that the layer computes may differ at every read, and functional transforms bring tensors that must
+        # not outlive them.
+        if not all(isinstance(tensor, nn.Parameter) for tensor in tensors):
             with torch.no_grad():
                 return self._compose(base, kind, acting)
         # Entering inference_mode(False) switches gradients on: no_grad comes after it.
