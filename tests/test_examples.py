@@ -1,5 +1,7 @@
 """The examples: metrics, degradations and network helpers against independent references; span.py as a user runs it."""
 
+# ruff: noqa: E402  (the examples import from their own folder)
+
 from __future__ import annotations
 
 import json
@@ -20,14 +22,14 @@ DATA = Path(__file__).parents[2] / "shared/data"
 WEIGHTS = ROOT / "examples/weights/span_x4_c26.safetensors"
 sys.path.insert(0, str(ROOT / "examples"))
 
-import evaluate  # noqa: E402
-import pretrain  # noqa: E402
-import span as example  # noqa: E402
-from PIL import Image as PilImage  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from spandrel import ModelLoader  # noqa: E402
-from spandrel.architectures.SPAN.__arch.span import SPAN, Conv3XC  # noqa: E402
-from sr.data import (  # noqa: E402
+import evaluate
+import pretrain
+import span as example
+from PIL import Image as PilImage
+from safetensors.torch import load_file, save_file
+from spandrel import ModelLoader
+from spandrel.architectures.SPAN.__arch.span import SPAN, Conv3XC
+from sr.data import (
     InputError,
     Pair,
     Patches,
@@ -41,8 +43,8 @@ from sr.data import (  # noqa: E402
     to_image,
     to_tensor,
 )
-from sr.degradations import DEGRADATIONS, blur, clean, enlarge, gaussian_kernel  # noqa: E402
-from sr.metrics import psnr_y, quality, ssim_y  # noqa: E402
+from sr.degradations import DEGRADATIONS, blur, clean, enlarge, gaussian_kernel
+from sr.metrics import psnr_y, quality, ssim_y
 from sr.models import (
     balance,
     collapse,
@@ -54,12 +56,12 @@ from sr.models import (
     span,
     start_as_bicubic,
     upscale,
-)  # noqa: E402
-from sr.report import strongest_change  # noqa: E402
-from sr.training import Schedule  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
+)
+from sr.report import strongest_change
+from sr.training import Schedule
+from typer.testing import CliRunner
 
-import convlora  # noqa: E402
+import convlora
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data pack is not there")
 
@@ -342,7 +344,9 @@ def test_balanced_blocks_all_speak_and_the_start_stays_bicubic() -> None:
     stds: dict[str, float] = {}
     for name, module in model.named_modules():
         if name.endswith(("c1_r", "c3_r")):
-            module.register_forward_hook(lambda _, __, output, name=name: stds.update({name: float(output.std())}))
+            module.register_forward_hook(
+                lambda _, __, output, name=name: stds.update({name: float(output.detach().std())})
+            )
     model(low)
     assert len(stds) == 12
     for name, std in stds.items():

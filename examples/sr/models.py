@@ -191,3 +191,27 @@ def start_as_bicubic(model: SPAN, scale: int = 4) -> SPAN:
             middle = wide[3 * scale : 4 * scale, 3 * scale : 4 * scale].reshape(-1)
             upsampler.weight[outputs, colour, tap // 3, tap % 3] = middle / model.img_range
     return model
+
+
+@torch.no_grad()
+def balance(model: SPAN, low: Tensor, attention: float = 2.5) -> SPAN:
+    """Scale a collapsed SPAN's random weights, layer by layer, so that every block is heard.
+
+    After it each convolution's output has standard deviation 1 on the batch `low` `(n, 3, h, w)`
+    (layer-sequential unit variance, Mishkin and Matas 2015, arXiv 1511.06422), and the third of a
+    block, whose sigmoid less one half multiplies the block's output, has `attention`. With
+    PyTorch's own scale that factor is near 0 and the signal is gone after two of the six blocks.
+    """
+    blocks = [f"block_{block}.c{conv}_r" for block in range(1, 7) for conv in (1, 2, 3)]
+    for name in ("conv_1", *blocks, "conv_2"):
+        conv = model.get_submodule(name)
+        random = slice(3, None) if name == "conv_1" else slice(None)  # start_as_bicubic sets three
+        seen: list[Tensor] = []
+        hook = conv.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output.clone()))
+        model(low)
+        hook.remove()
+        wanted = attention if name.endswith("c3_r") else 1.0
+        factor = wanted / seen[0][:, random].std()
+        conv.weight[random] *= factor
+        conv.bias[random] *= factor
+    return model

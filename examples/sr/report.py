@@ -137,7 +137,7 @@ def save_comparison(
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def save_curve(path: Path, trained: Trained, what: str, smooth: int = 25) -> None:
@@ -152,7 +152,7 @@ def save_curve(path: Path, trained: Trained, what: str, smooth: int = 25) -> Non
     right = left.twinx()
     right.plot(*zip(*trained.measured, strict=True), color="#0b6e4f", marker="o", markersize=3)
     right.set_ylabel(what, color="#0b6e4f")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def device_name(device: torch.device) -> str:
