@@ -222,8 +222,8 @@ class Slot(nn.Module):
             return base
         if not self.merged:
             return self._compose(base, kind, acting)
-        exporting = torch.compiler.is_exporting()
         # A compiled graph cannot see a tensor change, so it forms the weight itself; an exported one is a snapshot.
+        exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
         if torch.compiler.is_compiling() and not (exporting and kind in self._fused):
             with torch.no_grad():
                 return self._compose(base, kind, acting)
