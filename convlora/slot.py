@@ -171,7 +171,7 @@ class Slot(nn.Module):
         self.active: tuple[str, ...] = ()
         self.merged = False
         self._before_merge: dict[str, float] | None = None
-        self._fused: dict[str, tuple[Tensor, list[tuple[Tensor, int]]]] = {}  # kind -> (value, what it was formed from)
+        self._fused: dict[str, _Fused] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fused": {}}
@@ -217,6 +217,10 @@ class Slot(nn.Module):
 
     def effective(self, base: Tensor, kind: str) -> Tensor:
         """The base weight or bias with the active adapters; `base` itself if none acts on it."""
+        if self.merged and not torch.compiler.is_compiling():
+            formed = self._fused.get(kind)
+            if formed is not None and formed.stands_on(base):
+                return formed.value  # first, since a merged net reads hundreds of weights in each forward
         acting = [name for name in self.active if kind == "weight" or self.low_rank(name).lora_bias is not None]
         if not acting:
             return base
@@ -227,10 +231,9 @@ class Slot(nn.Module):
         if torch.compiler.is_compiling() and not (exporting and kind in self._fused):
             with torch.no_grad():
                 return self._compose(base, kind, acting)
-        formed = self._fused.get(kind)
+        if exporting:
+            return self._fused[kind].value
         tensors = [base, *(t for name in acting for t in self.low_rank(name).factors().values())]
-        if formed is not None and (exporting or _unchanged(tensors, formed[1])):
-            return formed[0]
         # A weight that the layer computes may differ at every read, and functional transforms bring tensors that must
         # not outlive them.
         if not all(isinstance(tensor, nn.Parameter) for tensor in tensors):
@@ -239,7 +242,7 @@ class Slot(nn.Module):
         # Entering inference_mode(False) switches gradients on: no_grad comes after it.
         with torch.inference_mode(False), torch.no_grad():
             fused = self._compose(base, kind, acting)
-        self._fused[kind] = fused, [(tensor, _version(tensor)) for tensor in tensors]
+        self._fused[kind] = _Fused(fused, base, [self.low_rank(name) for name in acting])
         return fused
 
     def swap(self, name: str, factors: Mapping[str, Tensor], config: AdapterConfig, alpha: float) -> None:
@@ -262,15 +265,28 @@ class Slot(nn.Module):
         return self
 
 
-def _unchanged(tensors: list[Tensor], then: list[tuple[Tensor, int]]) -> bool:
-    """Whether tensors are those of then, not written to since. Each read of a merged weight asks: a loop is fastest."""
-    if len(tensors) != len(then):
-        return False
-    for tensor, (source, version) in zip(tensors, then, strict=True):
-        if tensor is not source or _version(tensor) != version:
+class _Fused:
+    """A fused weight or bias, and what it was formed from: tensors, each at a version."""
+
+    __slots__ = ("base", "factors", "value", "version")
+
+    def __init__(self, value: Tensor, base: Tensor, low_ranks: list[LowRank]) -> None:
+        self.value, self.base, self.version = value, base, _version(base)
+        self.factors = [
+            (low_rank._parameters, name, tensor, _version(tensor))
+            for low_rank in low_ranks
+            for name, tensor in low_rank.factors().items()
+        ]
+
+    def stands_on(self, base: Tensor) -> bool:
+        """Whether the tensors are those of then, not written to since; a plain loop is fastest."""
+        if base is not self.base or (self.version is not None and base._version != self.version):
             return False
-    return True
+        for parameters, name, tensor, version in self.factors:
+            if parameters.get(name) is not tensor or (version is not None and tensor._version != version):
+                return False
+        return True
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
