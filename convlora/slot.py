@@ -35,6 +35,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.config, self.spec, self.rank, self.alpha = config, spec, rank, alpha
         self.strength = 1.0
+        self._has_bias = bias  # a plain attribute: asked at every read of a bias
         given = factors or {}
         self._tensors = tuple(self.factorization.shapes(spec, rank))
         for name, shape in self.factorization.shapes(spec, rank).items():
@@ -221,7 +222,7 @@ class Slot(nn.Module):
             formed = self._fused.get(kind)
             if formed is not None and formed.stands_on(base):
                 return formed.value  # first, since a merged net reads hundreds of weights in each forward
-        acting = [name for name in self.active if kind == "weight" or self.low_rank(name).lora_bias is not None]
+        acting = [name for name in self.active if kind == "weight" or self.low_rank(name)._has_bias]
         if not acting:
             return base
         if not self.merged:
