@@ -1,7 +1,7 @@
 """What the benchmarks share: interleaved timing, facts about the machine, tables, results as JSON and Markdown.
 
-Times are compared only within one run. All cases of a question run once a round, and the order turns around from
-round to round, so that whatever else the machine does hits all of them alike. A ratio is the median of the rounds'
+Times are compared only within one run. All cases of a question run once a round, in an order drawn anew each round,
+so that whatever else the machine does hits all of them alike and none always runs on caches that it filled itself. A ratio is the median of the rounds'
 ratios, which slow drift leaves alone. CPU time (of the process, all threads) is taken beside wall time: it does not
 count the time in which other programs hold the core.
 """
@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -89,15 +90,16 @@ def spread(values: Sequence[float]) -> float:
 
 
 def interleave(title: str, cases: Sequence[Case], rounds: int) -> dict[str, Times]:
-    """Time all cases once a round, in an order that turns around; one round more, the first, is not counted.
+    """Time all cases once a round, in random order; one round more, the first, is not counted.
 
     Garbage is collected before each timing and not during it.
     """
+    order = random.Random(0)
     times = {case.name: Times() for case in cases}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         for i in progress.track(range(rounds + 1), description=title):
-            for case in cases if i % 2 else reversed(cases):
+            for case in order.sample(cases, len(cases)):
                 wall, cpu = _once(case)
                 if i > 0:
                     times[case.name].wall.append(wall)

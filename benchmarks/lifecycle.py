@@ -324,7 +324,7 @@ def main(
         lambda: verbs(rounds),
         lambda: layer(1, rounds * 10),
         lambda: layer(4, rounds * 10),
-        lambda: whole("ESRGAN", esrgan(), torch.rand(1, 3, 16, 16), rounds * 6),
+        lambda: whole("ESRGAN", esrgan(), torch.rand(1, 3, 32, 32), rounds * 2),
         lambda: whole(
             "SPAN", SPAN(num_in_ch=3, num_out_ch=3).eval(), torch.rand(1, 3, 32, 32), rounds * 10, ("*eval_conv",)
         ),
