@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlora.config import AdapterConfig
+from convlora.config import AdapterConfig, is_number
 from convlora.conv import fuse, is_finite
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors import WeightSpec, get_factors
@@ -65,8 +65,15 @@ class Adapter:
 
     def __post_init__(self) -> None:
         problems = Problems()
+        factorization = get_factors(self.config.factors)
+        if not self.layers:
+            raise ConvLoRAError("Adapter: it has no layer")
+        if self.config.init not in factorization.inits:
+            raise ConvLoRAError(f"Adapter: {self.config.factors!r} has no init {self.config.init!r}")
         for path, layer in self.layers.items():
-            shapes = get_factors(self.config.factors).shapes(layer.spec, layer.rank)
+            if type(layer.rank) is not int or layer.rank < 1 or not is_number(layer.alpha):
+                raise ConvLoRAError(f"Adapter: {path!r} has rank {layer.rank!r}, alpha {layer.alpha!r}")
+            shapes = factorization.shapes(layer.spec, layer.rank)
             problems.missing += [key(path, name) for name in shapes if name not in layer.tensors]
             for name, tensor in layer.tensors.items():
                 shape = (layer.spec.out_channels,) if name == BIAS else shapes.get(name)
@@ -76,7 +83,7 @@ class Adapter:
                     problems.mismatched.append(f"{key(path, name)} {tuple(tensor.shape)} instead of {shape}")
                 elif not tensor.is_floating_point():
                     problems.mismatched.append(f"{key(path, name)} {tensor.dtype} instead of floating point")
-                elif not is_finite(tensor):
+                elif not is_finite(tensor.to(torch.float32)):
                     problems.non_finite.append(key(path, name))
         problems.raise_if_any("Adapter")
 
@@ -130,6 +137,8 @@ class Adapter:
         """
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ConvLoRAError(f"Adapter.to: dtype (={dtype}) must be a floating point dtype")
+        if dtype.itemsize < 2:
+            raise ConvLoRAError(f"Adapter.to: {dtype} is too narrow for factors; use float16 or bfloat16")
         if all(t.dtype == dtype for layer in self.layers.values() for t in layer.tensors.values()):
             return self
         cast = {
@@ -179,6 +188,10 @@ class Adapter:
             >>> list(merged)
             ['0.weight', '0.bias']
         """
+        if not isinstance(state_dict, Mapping):
+            raise ConvLoRAError(f"Adapter.apply_to: expected a state dict, got {type(state_dict).__name__}")
+        if not is_number(strength):
+            raise ConvLoRAError(f"Adapter.apply_to: strength (={strength!r}) must be a finite number")
         problems = Problems()
         merged: dict[str, Tensor] = {}
         for path, layer in self.layers.items():
@@ -190,11 +203,15 @@ class Adapter:
                     problems.missing.append(name)
                 elif tuple(base.shape) != shape:
                     problems.mismatched.append(f"{name} {tuple(base.shape)} instead of {shape}")
+                elif not base.is_floating_point() or base.element_size() < 2:
+                    problems.mismatched.append(f"{name} {base.dtype} instead of floating point of at least 16 bits")
                 elif not problems:
                     bias = layer.tensors.get(BIAS)
                     update = self._update(layer, strength) if kind == "weight" else _wide(bias) * strength  # type: ignore[arg-type]
                     merged[name] = fuse(base.detach(), [update.to(base.device)])
                     merged.update({key(alias, kind): merged[name] for alias in layer.aliases})
+                    if not is_finite(merged[name]):
+                        problems.non_finite.append(name)
         problems.raise_if_any("Adapter.apply_to")
         result = OrderedDict((name, merged.get(name, value)) for name, value in state_dict.items())
         if hasattr(state_dict, "_metadata"):  # the versions of torch's modules
@@ -203,7 +220,7 @@ class Adapter:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
 def key(path: str, name: str) -> str:

@@ -17,7 +17,13 @@ Target: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Sequence[Target]"
 
 SCALINGS = ("linear", "sqrt")
-_RESERVED = frozenset(dir(nn.Module())) | {"active", "merged"}  # attributes of the module that holds adapters
+LARGEST = 1e18  # of an alpha or a strength: products stay within float32
+
+# An adapter's name becomes that of a submodule: it cannot be that of an attribute of the module that holds adapters.
+_RESERVED = frozenset(dir(nn.Module())) | {
+    "activate", "active", "effective", "low_rank", "merge", "merged", "names", "restore", "state", "strengths", "swap",
+    "unmerge",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +80,17 @@ class AdapterConfig:
             raise ConvLoRAError("AdapterConfig: targets is empty; name at least one layer or pattern")
         for field in ("factors", "name", "init", "rank_scaling"):
             _check_text(field, getattr(self, field))
-        if not self.name or "." in self.name or self.name in _RESERVED:
-            _fail("name", self.name, "a non-empty name without dots that is no attribute of nn.Module")
+        if not self.name or "." in self.name or self.name.startswith("_") or self.name in _RESERVED:
+            _fail(
+                "name",
+                self.name,
+                "a non-empty name without dots and leading underscore that is no attribute of a module",
+            )
         if self.rank_scaling not in SCALINGS:
             _fail("rank_scaling", self.rank_scaling, f"one of {', '.join(SCALINGS)}")
-        if self.bias not in (True, False):
+        if not isinstance(self.bias, int) or self.bias not in (True, False):
             _fail("bias", self.bias, "True or False")
-        if not _is_number(self.rank_dropout) or not 0 <= self.rank_dropout < 1:
+        if not is_number(self.rank_dropout) or not 0 <= self.rank_dropout < 1:
             _fail("rank_dropout", self.rank_dropout, "a probability in [0, 1)")
         object.__setattr__(self, "rank", _rank("rank", self.rank))
         if self.alpha is not None:
@@ -165,8 +175,9 @@ def _as_tuple(field: str, value: Any) -> tuple[Target, ...]:
     return items
 
 
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that float32 holds, also once multiplied with another such number."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and bool(-LARGEST <= value <= LARGEST)  # type: ignore[operator]
 
 
 def _check_text(field: str, value: Any) -> None:
@@ -181,8 +192,8 @@ def _rank(field: str, value: Any) -> int:
 
 
 def _alpha(field: str, value: Any) -> float:
-    if not _is_number(value):
-        _fail(field, value, "a finite number")
+    if not is_number(value):
+        _fail(field, value, f"a finite number of magnitude at most {LARGEST:g}")
     return value if isinstance(value, int) else float(value)
 
 

@@ -39,6 +39,11 @@ class WeightSpec:
     groups: int = 1
     transposed: bool = False
 
+    def __post_init__(self) -> None:
+        sizes = (*self.shape, self.groups)
+        if len(self.shape) < 2 or not all(type(n) is int and n > 0 for n in sizes) or self.shape[0] % self.groups:
+            raise ConvLoRAError(f"WeightSpec: no weight has shape {self.shape} with groups={self.groups}")
+
     @property
     def out_channels(self) -> int:
         return self.shape[1] * self.groups if self.transposed else self.shape[0]
@@ -165,8 +170,12 @@ class LoConFactors(_TwoFactors):
 
 _REGISTRY: dict[str, Factorization] = {"convlora": ConvLoRAFactors(), "locon": LoConFactors()}
 
-# Tensors become parameters of the module that holds them: these names it has already.
-_RESERVED = frozenset(dir(nn.Module())) | {"lora_bias", "config", "spec", "rank", "alpha", "strength"}
+# A factor's tensor becomes a parameter of the module that holds the factors: these names it has already.
+_RESERVED = frozenset(dir(nn.Module())) | {
+    "alpha", "config", "configure", "copy_", "factorization", "factors", "lora_bias", "rank", "reset_parameters",
+    "scale",
+    "set_strength", "spec", "strength",
+}  # fmt: skip
 
 
 def register_factors(name: str, factorization: Factorization | type[Factorization]) -> None:
@@ -184,19 +193,30 @@ def register_factors(name: str, factorization: Factorization | type[Factorizatio
         raise ConvLoRAError(f"register_factors: name (={name!r}) must be a non-empty string")
     if name in _REGISTRY:
         raise ConvLoRAError(f"register_factors: {name!r} is taken; choose another name")
-    candidate = factorization() if isinstance(factorization, type) else factorization
-    if not isinstance(candidate, Factorization):
-        raise ConvLoRAError(f"register_factors: {name!r} needs inits, shapes, init_, delta and drop")
+    try:
+        candidate = factorization() if isinstance(factorization, type) else factorization
+        if not isinstance(candidate, Factorization):
+            raise ConvLoRAError(f"register_factors: {name!r} needs inits, shapes, init_, delta and drop")
+        _try_out(name, candidate)
+    except ConvLoRAError:
+        raise
+    except Exception as error:
+        raise ConvLoRAError(f"register_factors: {name!r} fails on a small weight ({error!r})") from error
+    _REGISTRY[name] = candidate
+
+
+def _try_out(name: str, candidate: Factorization) -> None:
     spec = WeightSpec((4, 2, 3, 3), groups=2)
     shapes = candidate.shapes(spec, 2)
-    if not shapes or any("." in tensor or tensor in _RESERVED for tensor in shapes):
+    if not shapes or any("." in tensor or tensor.startswith("_") or tensor in _RESERVED for tensor in shapes):
         raise ConvLoRAError(f"register_factors: {name!r} has unusable tensor names {sorted(shapes)}")
+    if "default" not in candidate.inits:
+        raise ConvLoRAError(f"register_factors: {name!r} needs an init named 'default', it has {candidate.inits!r}")
     factors = {tensor: torch.full(shape, torch.nan) for tensor, shape in shapes.items()}
     candidate.init_(factors, "default")
     delta = candidate.delta(candidate.drop(factors, torch.ones(2)), spec)
     if delta.numel() != math.prod(spec.shape) or bool(delta.ne(0).any()):
         raise ConvLoRAError(f"register_factors: {name!r} does not start at ΔW = 0 of {math.prod(spec.shape)} elements")
-    _REGISTRY[name] = candidate
 
 
 def known_factors() -> list[str]:

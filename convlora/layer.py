@@ -48,15 +48,15 @@ def why_not(layer: nn.Module) -> str | None:
 
 def _declared_shape(layer: Any) -> tuple[int, ...]:
     if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
+        return int(layer.out_features), int(layer.in_features)
     pair = (layer.out_channels, layer.in_channels)
     first, second = reversed(pair) if isinstance(layer, _TRANSPOSED) else pair
-    return first, second // layer.groups, *layer.kernel_size
+    return int(first), int(second // layer.groups), *map(int, layer.kernel_size)
 
 
 def weight_spec(layer: Any) -> WeightSpec:
     """The shape of a layer's weight and how to read it."""
-    return WeightSpec(_declared_shape(layer), getattr(layer, "groups", 1), isinstance(layer, _TRANSPOSED))
+    return WeightSpec(_declared_shape(layer), int(getattr(layer, "groups", 1)), isinstance(layer, _TRANSPOSED))
 
 
 # --- the adapted layer -------------------------------------------------------------------------------------------
@@ -84,10 +84,13 @@ class Adapted(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:
     """Pickle and copy: the class is made at run time, so name its base."""
-    rebuild, args, *state = self._convlora_base.__reduce_ex__(self, max(int(protocol), 2))
+    reduced = self._convlora_base.__reduce_ex__(self, max(int(protocol), 2))
+    if not isinstance(reduced, tuple):
+        return reduced
+    rebuild, args, *state = reduced
     if rebuild is copyreg.__newobj__:  # type: ignore[attr-defined]
-        rebuild, args = _rebuild, (self._convlora_base, *args[1:])
-    return rebuild, args, *state
+        return _rebuild, (self._convlora_base, *args[1:]), *state
+    return _rebuild_by, (self._convlora_base, rebuild, *args), *state  # the class has a way of its own
 
 
 def _reset_parameters(self: Any) -> None:
@@ -190,6 +193,14 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 def _rebuild(base: type[nn.Module], *args: Any) -> nn.Module:
     made = adapted_class(base)
     return made.__new__(made, *args)
+
+
+def _rebuild_by(base: type[nn.Module], rebuild: Any, *args: Any) -> nn.Module:
+    layer: nn.Module = rebuild(*args)
+    if type(layer) is base:
+        layer.__class__ = adapted_class(base)
+        layer._modules.setdefault(CHILD, Slot())  # until the state brings the real one
+    return layer
 
 
 def is_stacked(layer: nn.Module) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,7 +18,7 @@ from convlora.bake import plan_baking
 from convlora.config import AdapterConfig, Targets
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.factors import WeightSpec, get_factors
-from convlora.layer import Adapted, adapt, peek, release, slot_of, weight_spec
+from convlora.layer import Adapted, adapt, adapted_class, peek, release, slot_of, weight_spec
 from convlora.slot import LowRank
 from convlora.targets import describe, per_layer, select
 from convlora.walk import adapted_layers, adapters, own, refuse_stacked, refuse_wrapped, slots, unwrap, with_adapters
@@ -77,8 +80,19 @@ def inject(
             targets=targets, rank=rank, alpha=alpha, factors=factors, name=name, exclude=exclude, ranks=ranks,
             alphas=alphas, rank_scaling=rank_scaling, init=init, bias=bias, rank_dropout=rank_dropout,
         )  # fmt: skip
-    elif targets is not None:
-        raise ConvLoRAError("inject: give targets or config, not both")
+    else:
+        given = dict(
+            targets=targets, rank=rank, alpha=alpha, factors=factors, name=name, exclude=exclude, ranks=ranks,
+            alphas=alphas, rank_scaling=rank_scaling, init=init, bias=bias, rank_dropout=rank_dropout,
+        )  # fmt: skip
+        defaults = inspect.signature(inject).parameters
+        both = [key for key, value in given.items() if value != defaults[key].default]
+        if both:
+            raise ConvLoRAError(
+                f"inject: give {', '.join(both)} or config, not both; config.replace(…) changes a config"
+            )
+        if not isinstance(config, AdapterConfig):
+            raise ConvLoRAError(f"inject: config (={config!r}) must be an AdapterConfig")
     root = check_injectable(model, config, "inject")
     layers, idle = select(root, config.targets, config.exclude, "inject")  # type: ignore[arg-type]
     for target in idle:
@@ -96,7 +110,7 @@ def inject(
     if config.bias and not any(placement.bias for placement in plan):
         raise ConvLoRAError(f"inject: bias=True, but none of the {len(plan)} layers has a bias")
     _warn_oversized(plan, config)
-    place(root, plan, named_targets(config, list(layers)))
+    place(root, plan, named_targets(config, list(layers), root))
     return model
 
 
@@ -119,22 +133,47 @@ def check_injectable(model: Any, config: AdapterConfig, operation: str) -> nn.Mo
 def place(root: nn.Module, plan: Sequence[Placement], config: AdapterConfig) -> None:
     """Carry out a checked plan: make all factors, then put them in and freeze the base."""
     made = []
+    for p in plan:
+        _adapted_class(p)
     with torch.inference_mode(False):  # factors are to be trained and switched outside it, too
         for p in plan:
             device = peek(p.layer, "weight").device
-            made.append(
-                LowRank(config, p.spec, rank=p.rank, alpha=p.alpha, device=device, factors=p.factors, bias=p.bias)
-            )
+            try:
+                made.append(
+                    LowRank(config, p.spec, rank=p.rank, alpha=p.alpha, device=device, factors=p.factors, bias=p.bias)
+                )
+            except (RuntimeError, TypeError, OverflowError) as error:
+                raise ConvLoRAError(f"inject: no factors of rank {p.rank} for '{p.path}' ({error})") from error
     _freeze(root)
     for p, low_rank in zip(plan, made, strict=True):
         adapt(p.layer, config.name, low_rank)
 
 
-def named_targets(config: AdapterConfig, selected: Sequence[str]) -> AdapterConfig:
+def _adapted_class(placement: Placement) -> None:
+    """Make the class that the layer is to get, before anything is changed: a class may refuse to be subclassed."""
+    layer = placement.layer
+    try:
+        if not isinstance(layer, Adapted):
+            adapted_class(type(layer))
+    except Exception as error:
+        kind = type(layer).__name__
+        raise ConvLoRAError(
+            f"inject: '{placement.path}' cannot be adapted: {kind} cannot be subclassed ({error!r})"
+        ) from error
+
+
+def named_targets(config: AdapterConfig, selected: Sequence[str], root: nn.Module) -> AdapterConfig:
     """The config with classes and callables replaced by the names of the layers selected: plain data."""
     if all(isinstance(target, str) for target in (*config.targets, *config.exclude)):  # type: ignore[misc]
         return config
-    return config.replace(targets=tuple(selected), exclude=())
+    names = [name for name, _ in root.named_modules(remove_duplicate=False)]
+    tails = Counter(".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1))
+    exact = [
+        name if tails[name] == 1 and not any(c in name for c in "*?[") and not name.startswith("re:")
+        else f"re:{re.escape(name)}"
+        for name in selected
+    ]  # fmt: skip
+    return config.replace(targets=tuple(exact), exclude=())
 
 
 def remove(model: M, name: str | None = None) -> M:
@@ -186,7 +225,7 @@ def _freeze(root: nn.Module) -> None:
         if names:
             module.__dict__[_FROZEN] = tuple(dict.fromkeys((*module.__dict__.get(_FROZEN, ()), *names)))
             for name in names:
-                own(module)[name].requires_grad_(False)
+                _set_requires_grad(own(module)[name], False)
 
 
 def _thaw(root: nn.Module, released: Iterable[nn.Module]) -> None:
@@ -194,9 +233,15 @@ def _thaw(root: nn.Module, released: Iterable[nn.Module]) -> None:
     held = {id(p) for layer in adapted_layers(root).values() for p in own(layer).values()}
     for module in list(root.modules()) if not adapted_layers(root) else released:
         for name in module.__dict__.pop(_FROZEN, ()):
-            p = module._parameters.get(name)
+            p = own(module).get(name)
             if p is not None and id(p) not in held:
-                p.requires_grad_(True)
+                _set_requires_grad(p, True)
+
+
+def _set_requires_grad(parameter: nn.Parameter, value: bool) -> None:
+    # The flag of an inference tensor is set in inference mode only; lazy parameters know neither question nor method.
+    with torch.inference_mode(not nn.parameter.is_lazy(parameter) and parameter.is_inference()):
+        parameter.requires_grad = value
 
 
 def _warn_oversized(plan: Sequence[Placement], config: AdapterConfig) -> None:

@@ -186,32 +186,40 @@ def _put_back(root: nn.Module) -> Iterator[None]:
     """Restore mode, attributes, Parameters and buffers of all modules, their values included."""
     modules = list(root.modules())
     attributes = [dict(module.__dict__) for module in modules]
-    tables = [(dict(m._parameters), dict(m._buffers)) for m in modules]
-    tensors = {id(t): t for pair in tables for table in pair for t in table.values() if t is not None}
+    tables: list[tuple[dict[str, Any], ...]]
+    tables = [(dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
+        (dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules
+    ]
+    tensors = {
+        id(t): t
+        for parameters, buffers, _ in tables
+        for t in (*parameters.values(), *buffers.values())
+        if t is not None
+    }
     values = {i: (t.data, t.detach().clone()) for i, t in tensors.items()}
     try:
         yield
     finally:
-        for module, saved, (parameters, buffers) in zip(modules, attributes, tables, strict=True):
+        for module, saved, saved_tables in zip(modules, attributes, tables, strict=True):
             module.__dict__.clear()
             module.__dict__.update(saved)
-            for now, then in ((module._parameters, parameters), (module._buffers, buffers)):
-                now.clear()
-                now.update(then)  # type: ignore[arg-type]
+            for name, table in zip(("_parameters", "_buffers", "_modules"), saved_tables, strict=True):
+                getattr(module, name).clear()
+                getattr(module, name).update(table)
         for i, (data, value) in values.items():
             tensor = tensors[i]
-            if tensor.data_ptr() != data.data_ptr():
+            if tensor.layout == torch.strided and tensor.data_ptr() != data.data_ptr():
                 tensor.data = data
             if not _same_bits(tensor, value):
                 tensor.data.copy_(value)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.is_meta or torch.equal(a.detach().flatten().view(torch.uint8), b.flatten().view(torch.uint8))
-        if a.numel()
-        else True
-    )
+    if a.is_meta or not a.numel():
+        return True
+    if a.layout != torch.strided:
+        return False
+    return torch.equal(*(t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b)))
 
 
 def _table(columns: list[str], rows: list[list[str]], right: int = 0) -> str:

@@ -44,8 +44,9 @@ class LowRank(nn.Module):
             nn.Parameter(torch.zeros(spec.out_channels, dtype=torch.float32, device=device)) if bias else None
         )
         # The scale is a tensor so that neither another strength nor another alpha recompiles a compiled model.
-        self.register_buffer("_gain", torch.empty((), device=device), persistent=False)
-        self.register_buffer("_bias_gain", torch.empty((), device=device) if bias else None, persistent=False)
+        gain = torch.empty((), dtype=torch.float32, device=device)
+        self.register_buffer("_gain", gain, persistent=False)
+        self.register_buffer("_bias_gain", gain.clone() if bias else None, persistent=False)
         if given:
             self.copy_(given)
         elif device.type != "meta":
@@ -97,9 +98,19 @@ class LowRank(nn.Module):
         factors = {name: getattr(self, name) for name in self._tensors}  # no parameters in DataParallel's replicas
         p = self.config.rank_dropout
         if self.training and p > 0 and dropout:
-            keep = (torch.rand(self.rank, device=self._gain.device) >= p).to(self._gain.dtype) / (1 - p)
+            kept = torch.rand(self.rank, dtype=torch.float32, device=self._gain.device) >= p
+            keep = kept.to(self._gain.dtype) / (1 - p)
             factors = self.factorization.drop(factors, keep)
         return self.spec.from_convolution(self.factorization.delta(factors, self.spec)) * self._gain
+
+    def _follow(self) -> None:
+        """Bring the scale to the device of the factors, which `load_state_dict(assign=True)` may have changed."""
+        device = getattr(self, self._tensors[0]).device
+        if self._gain.device != device:
+            self._gain = torch.empty_like(self._gain, device=device)
+            if self._bias_gain is not None:
+                self._bias_gain = torch.empty_like(self._bias_gain, device=device)
+            self.set_strength(self.strength)
 
     def extra_repr(self) -> str:
         return f"{self.config.factors}, rank={self.rank}, scale={self.scale:g}, strength={self.strength:g}"
@@ -135,6 +146,7 @@ class LowRank(nn.Module):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
+            self._follow()
         else:
             absent.extend(own)
         if found:  # other layers of this adapter are in the checkpoint: then these should be, too
@@ -229,16 +241,16 @@ class Slot(nn.Module):
             return self._compose(base, kind, acting)
         # A compiled graph cannot see a tensor change, so it forms the weight itself; an exported one is a snapshot.
         exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-        if torch.compiler.is_compiling() and not (exporting and kind in self._fused):
+        if exporting and kind in self._fused and self._fused[kind].is_fresh():
+            return self._fused[kind].value
+        if torch.compiler.is_compiling():
             with torch.no_grad():
                 return self._compose(base, kind, acting)
-        if exporting:
-            return self._fused[kind].value
         tensors = [base, *(t for name in acting for t in self.low_rank(name).factors().values())]
-        # A weight that the layer computes may differ at every read, and functional transforms bring tensors that must
-        # not outlive them.
-        if not all(isinstance(tensor, nn.Parameter) for tensor in tensors):
-            with torch.no_grad():
+        # A weight that the layer computes may differ at every read, functional transforms bring tensors that must not
+        # outlive them, and inference tensors keep no version.
+        if not all(isinstance(tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors):
+            with torch.inference_mode(False), torch.no_grad():
                 return self._compose(base, kind, acting)
         # Entering inference_mode(False) switches gradients on: no_grad comes after it.
         with torch.inference_mode(False), torch.no_grad():
@@ -260,6 +272,10 @@ class Slot(nn.Module):
                 return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
         return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._fused.clear()
+        super()._load_from_state_dict(*arguments)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
         self._fused.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -267,27 +283,34 @@ class Slot(nn.Module):
 
 
 class _Fused:
-    """A fused weight or bias, and what it was formed from: tensors, each at a version."""
+    """A fused weight or bias, and what it was formed from: Parameters, each at an address and a version."""
 
-    __slots__ = ("base", "factors", "value", "version")
+    __slots__ = ("base", "factors", "value")
 
     def __init__(self, value: Tensor, base: Tensor, low_ranks: list[LowRank]) -> None:
-        self.value, self.base, self.version = value, base, _version(base)
+        self.value = value
+        self.base = base, base.data_ptr(), base._version
         self.factors = [
-            (low_rank._parameters, name, tensor, _version(tensor))
+            (low_rank._parameters, name, tensor, tensor.data_ptr(), tensor._version)
             for low_rank in low_ranks
             for name, tensor in low_rank.factors().items()
         ]
 
     def stands_on(self, base: Tensor) -> bool:
-        """Whether the tensors are those of then, not written to since; a plain loop is fastest."""
-        if base is not self.base or (self.version is not None and base._version != self.version):
+        """Whether the Parameters are those of then and `is_fresh`; plain code, since every read of a weight asks."""
+        if base is not self.base[0]:
             return False
-        for parameters, name, tensor, version in self.factors:
-            if parameters.get(name) is not tensor or (version is not None and tensor._version != version):
+        for parameters, name, tensor, _, _ in self.factors:
+            if parameters.get(name) is not tensor:
+                return False
+        return self.is_fresh()
+
+    def is_fresh(self) -> bool:
+        """Whether no Parameter was written to, or given other memory (`p.data = …`), since."""
+        base, address, version = self.base
+        if base._version != version or base.data_ptr() != address:
+            return False
+        for _, _, tensor, address, version in self.factors:
+            if tensor._version != version or tensor.data_ptr() != address:
                 return False
         return True
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version

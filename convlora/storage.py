@@ -47,10 +47,14 @@ def _take(model: nn.Module, name: str | None, copy: bool) -> Adapter:
         if isinstance(module, Adapted) and name in slot_of(module).names():
             paths.setdefault(module, []).append(path)
     layers = {}
+    kinds = set()
     for layer, (path, *aliases) in paths.items():
         low_rank = slot_of(layer).low_rank(name)
+        kinds.add((low_rank.config.factors, low_rank.config.rank_scaling))
         tensors = {n: _on_cpu(p, copy) for n, p in low_rank.factors().items()}
         layers[path] = LayerFactors(tensors, low_rank.spec, low_rank.rank, low_rank.alpha, tuple(aliases))
+    if len(kinds) > 1:
+        raise ConvLoRAError(f"adapter: parts of {name!r} differ ({sorted(kinds)}); give each part a name of its own")
     return Adapter(low_rank.config, layers, fingerprint({path: layer for layer, (path, *_) in paths.items()}))
 
 
@@ -80,7 +84,7 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
     """Put the adapter of a file (or an `Adapter`) on a model: `inject` and restore, from the file alone.
 
     Onto an adapter of the same name with the same shapes it copies in place: a hot swap, which recompiles nothing.
-    The adapter then acts, beside those that already do; `activate` chooses. `name`: another name than the file's.
+    A new adapter acts, beside those that already do; `activate` chooses. `name`: another name than the file's.
     `strict=False` takes what fits and warns of the rest. A base other than the adapted one gives a warning.
 
     Raises:
@@ -128,6 +132,7 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
         slot_of(layer).swap(config.name, loaded.layers[p].tensors, config, loaded.layers[p].alpha)
     for p in left_out:  # no mixture of two adapters
         slot_of(present[p]).low_rank(config.name).reset_parameters()
+        slot_of(present[p]).low_rank(config.name).configure(config, slot_of(present[p]).low_rank(config.name).alpha)
     return model
 
 
@@ -143,6 +148,8 @@ def _match(root: nn.Module, loaded: Adapter, swap: str | None) -> tuple[dict[str
             problems.unexpected.append(path)
         elif reason := why_not(layer):
             problems.mismatched.append(f"{path} ({reason})")
+        elif peek(layer, "weight").is_meta:
+            problems.mismatched.append(f"{path} (the model has no values yet: meta device)")
         elif weight_spec(layer) != factors.spec:
             problems.mismatched.append(
                 f"{path} (the file has weight {_show(factors.spec)}, the model {_show(weight_spec(layer))})"

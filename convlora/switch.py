@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from torch import nn
 
 from convlora.adapter import key
+from convlora.config import LARGEST, is_number
 from convlora.conv import is_finite
 from convlora.errors import ConvLoRAError
 from convlora.layer import slot_of, still
@@ -66,8 +65,10 @@ def _strengths(names: Names, operation: str) -> dict[str, float]:
             f"{operation}: expected a name, a list of names or {{name: strength}}, got {names!r}"
         ) from None
     for name, strength in strengths.items():
-        if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not math.isfinite(strength):
-            raise ConvLoRAError(f"{operation}: strength of {name!r} (={strength!r}) must be a finite number")
+        if not is_number(strength):
+            raise ConvLoRAError(
+                f"{operation}: strength of {name!r} (={strength!r}) must be a finite number up to {LARGEST:g}"
+            )
     return {name: float(strength) for name, strength in strengths.items()}
 
 

@@ -26,6 +26,8 @@ def matches(pattern: str, name: str) -> bool:
     """
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
+    if _is_literal(pattern):
+        return name == pattern or name.endswith(f".{pattern}")
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
 
@@ -50,7 +52,11 @@ def select(
             meant = [hit for hit in hits if hit[0] == target] or hits  # a full name means that layer first
             for name, module in meant:
                 if (reason := reasons[id(module)]) and id(module) not in parts:
-                    inside = f"; for the layers inside: '{target}.*'" if any(True for _ in module.children()) else ""
+                    inside = (
+                        f"; for the layers inside: '{target + '.*' if target else '*'}'"
+                        if any(True for _ in module.children())
+                        else ""
+                    )
                     raise ConvLoRAError(f"{operation}: target '{target}' names '{name}': {reason}{inside}")
         found = {id(module) for _, module in hits if reasons[id(module)] is None}
         if not found:
@@ -117,7 +123,10 @@ def _hits(target: Target, name: str, module: nn.Module, operation: str) -> bool:
         return _guard(matches, target, name, operation)
     if isinstance(target, type):
         return isinstance(module, target)
-    return bool(target(name, module))
+    try:
+        return bool(target(name, module))
+    except Exception as error:
+        raise ConvLoRAError(f"{operation}: target {describe(target)} fails on '{name}': {error!r}") from error
 
 
 def _guard(match: Any, pattern: str, name: str, operation: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
@@ -14,11 +15,11 @@ from convlora.slot import Slot
 
 
 def unwrap(model: Any, operation: str) -> nn.Module:
-    """The module inside `torch.compile`, DDP and DataParallel wrappers: names are those of the bare model."""
+    """The module inside wrappers (`torch.compile`, DDP, DataParallel, AveragedModel): names are the bare model's."""
     if not isinstance(model, nn.Module):
         raise ConvLoRAError(f"{operation}: expected an nn.Module, got {type(model).__name__}")
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel | AveragedModel):
             model = model.module
         elif "_orig_mod" in model._modules:  # torch.compile's OptimizedModule
             model = model._modules["_orig_mod"]
@@ -67,7 +68,9 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
 
 def only_name(model: nn.Module, name: str | None, operation: str) -> str:
     """The adapter that a call means: the named one, or the only one."""
-    known = adapters(with_adapters(model, operation, [name] if name is not None else []))
+    root = with_adapters(model, operation, [name] if name is not None else [])
+    refuse_stacked(root, operation)
+    known = adapters(root)
     if name is None and len(known) > 1:
         raise ConvLoRAError(f"{operation}: the model has adapters {sorted(known)}; say which by name=")
     return next(iter(known)) if name is None else name
@@ -79,7 +82,7 @@ def with_adapters(model: nn.Module, operation: str, names: Iterable[str] = ()) -
     if not known:
         raise ConvLoRAError(f"{operation}: the model has no adapters; inject or load one first")
     for name in names:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ConvLoRAError(f"{operation}: no adapter {name!r}; the model has {sorted(known)}")
     return root
 

@@ -17,7 +17,7 @@ configs = st.builds(
     targets=st.lists(text, min_size=1, max_size=3),
     rank=st.integers(0, 64),
     alpha=st.none() | st.floats(0.1, 64),
-    name=st.text("abcxyz_0", min_size=4, max_size=8),
+    name=st.text("abcxyz_0", min_size=8, max_size=9).map("n{}".format),
     exclude=st.lists(text, max_size=2),
     ranks=st.none() | st.dictionaries(text, st.integers(0, 9), max_size=3),
     alphas=st.none() | st.dictionaries(text, st.floats(0, 9), max_size=3),

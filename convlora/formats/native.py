@@ -83,7 +83,7 @@ def read(path: str | os.PathLike[str]) -> Adapter:
         return Adapter(config, _layers(json.loads(metadata["layers"]), tensors), metadata.get("fingerprint"))
     except ConvLoRAError as error:
         raise ConvLoRAError(f"read: '{path}': {error}") from None
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ConvLoRAError(f"read: '{path}' has malformed metadata ({_one_line(error)})") from None
 
 
@@ -135,8 +135,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     temporary = None
     try:
         target = Path(os.path.realpath(path))  # a link keeps pointing where it points
-        if target.is_dir():
-            raise IsADirectoryError("it is a folder")
+        if target.exists() and not target.is_file():
+            raise IsADirectoryError("it is a folder or a device")
         mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
@@ -183,10 +183,10 @@ def _layers(entries: dict[str, list[Any]], tensors: Mapping[str, Tensor]) -> dic
     for path, entry in entries.items():
         defaults: list[Any] = [1, 0, []]
         rank, alpha, shape, groups, transposed, aliases = [*entry, *defaults[len(entry) - 3 :]]
-        spec = WeightSpec(tuple(int(n) for n in shape), int(groups), bool(transposed))
-        if not (len(spec.shape) >= 2 and min(*spec.shape, spec.groups, int(rank)) >= 1):
-            raise ValueError(f"layer {path!r} has shape {spec.shape}, groups {spec.groups}, rank {rank}")
-        layers[path] = LayerFactors(own[path], spec, int(rank), float(alpha), tuple(str(a) for a in aliases))
+        if type(shape) is not list or type(aliases) is not list or transposed not in (0, 1):
+            raise ValueError(f"layer {path!r} is described by {entry!r}")
+        spec = WeightSpec(tuple(shape), groups, bool(transposed))
+        layers[path] = LayerFactors(own[path], spec, rank, alpha, tuple(map(str, aliases)))
     return layers
 
 
