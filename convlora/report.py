@@ -188,8 +188,6 @@ def _put_back(root: nn.Module) -> Iterator[None]:
     attributes = [dict(module.__dict__) for module in modules]
     tables: list[tuple[dict[str, Any], ...]]
     tables = [(dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
-        (dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules
-    ]
     tensors = {
         id(t): t
         for parameters, buffers, _ in tables
