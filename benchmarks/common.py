@@ -1,9 +1,9 @@
 """What the benchmarks share: interleaved timing, facts about the machine, tables, results as JSON and Markdown.
 
 Times are compared only within one run. All cases of a question run once a round, in an order drawn anew each round,
-so that whatever else the machine does hits all of them alike and none always runs on caches that it filled itself. A ratio is the median of the rounds'
-ratios, which slow drift leaves alone. CPU time (of the process, all threads) is taken beside wall time: it does not
-count the time in which other programs hold the core.
+so that whatever else the machine does hits all of them alike and none always runs on caches that it filled itself.
+A ratio is the median of the rounds' ratios, which slow drift leaves alone. CPU time (of the process, all threads) is
+taken beside wall time: it does not count the time in which other programs hold the core.
 """
 
 from __future__ import annotations
