@@ -184,7 +184,7 @@ class Slot(nn.Module):
         self.active: tuple[str, ...] = ()
         self.merged = False
         self._before_merge: dict[str, float] | None = None
-        self._fused: dict[str, _Fused] = {}
+        self._fused: dict[str, _Fused | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fused": {}}
@@ -231,18 +231,24 @@ class Slot(nn.Module):
     def effective(self, base: Tensor, kind: str) -> Tensor:
         """The base weight or bias with the active adapters; `base` itself if none acts on it."""
         if self.merged and not torch.compiler.is_compiling():
-            formed = self._fused.get(kind)
-            if formed is not None and formed.stands_on(base):
-                return formed.value  # first, since a merged net reads hundreds of weights in each forward
+            # First, since a merged net reads hundreds of weights in each forward. None: no adapter acts on this kind.
+            formed = self._fused.get(kind, _NOT_FORMED)
+            if formed is None:
+                return base
+            if formed is not _NOT_FORMED and formed.stands_on(base):
+                return formed.value
         acting = [name for name in self.active if kind == "weight" or self.low_rank(name)._has_bias]
         if not acting:
+            if self.merged and not torch.compiler.is_compiling():
+                self._fused[kind] = None
             return base
         if not self.merged:
             return self._compose(base, kind, acting)
         # A compiled graph cannot see a tensor change, so it forms the weight itself; an exported one is a snapshot.
         exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-        if exporting and kind in self._fused and self._fused[kind].is_fresh():
-            return self._fused[kind].value
+        formed = self._fused.get(kind) if exporting else None
+        if formed is not None and formed.is_fresh():
+            return formed.value
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 return self._compose(base, kind, acting)
@@ -314,3 +320,6 @@ class _Fused:
             if tensor._version != version or tensor.data_ptr() != address:
                 return False
         return True
+
+
+_NOT_FORMED = _Fused.__new__(_Fused)  # a mark, without values
