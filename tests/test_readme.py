@@ -1,4 +1,4 @@
-"""The README's code runs, its links point at files, and its figures are those of the recorded runs."""
+"""The README's code runs, its links point at files, and its commands are those that run."""
 
 from __future__ import annotations
 
