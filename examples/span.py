@@ -87,7 +87,7 @@ def main(
     factors: Annotated[Literal["convlora", "locon"], option(ADAPTER, "Factorization.")] = "convlora",
     bias: Annotated[bool, option(ADAPTER, "Adapt the biases, too.")] = False,
     steps: Annotated[int, option(TRAINING, "Steps at most.", min=1)] = 300,
-    minutes: Annotated[float, option(TRAINING, "Minutes at most; the schedule then shrinks to fit.", min=0.01)] = 2.5,
+    minutes: Annotated[float, option(TRAINING, "Minutes at most; the schedule then shrinks to fit.", min=0.01)] = 3.0,
     lr: Annotated[float, option(TRAINING, "Highest rate; 2e-3 for convlora of rank 2, 1e-2 for locon.", min=0)] = 5e-3,
     warmup: Annotated[int, option(TRAINING, "Steps up to the highest rate.", min=0)] = 20,
     batch: Annotated[int, option(TRAINING, "Patches in a step.", min=1)] = 8,
