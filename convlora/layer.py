@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from convlora.factors import WeightSpec
-from convlora.slot import LowRank, Slot
+from convlora.lowrank import LowRank
+from convlora.slot import Slot
 
 CHILD = "convlora"  # the child module's name, so `<layer>.convlora.<adapter>.lora_A` in a full checkpoint
 

@@ -19,7 +19,7 @@ from convlora.config import AdapterConfig, Targets
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.factors import WeightSpec, get_factors
 from convlora.layer import Adapted, adapt, adapted_class, peek, release, slot_of, weight_spec
-from convlora.slot import LowRank
+from convlora.lowrank import LowRank
 from convlora.targets import describe, per_layer, select
 from convlora.walk import adapted_layers, adapters, own, refuse_stacked, refuse_wrapped, slots, unwrap, with_adapters
 

@@ -17,8 +17,8 @@ from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors import WeightSpec
 from convlora.formats.native import as_bytes
 from convlora.layer import Adapted, peek, slot_of, weight_spec, why_not
+from convlora.lowrank import LowRank
 from convlora.model import Placement, check_injectable, place
-from convlora.slot import LowRank
 from convlora.targets import nearest
 from convlora.walk import adapted_layers, only_name, unwrap
 

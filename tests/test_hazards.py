@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import convlora
 from convlora.formats.native import checksum
-from convlora.slot import LowRank, Slot
+from convlora.lowrank import LowRank
+from convlora.slot import Slot
 
 
 def x() -> Tensor:

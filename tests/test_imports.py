@@ -15,7 +15,8 @@ PACKAGE = Path(convlora.__file__).parent
 LEVELS = [  # each file imports from lines above its own
     ["errors"],
     ["config", "factors", "conv"],
-    ["slot", "adapter"],
+    ["lowrank", "adapter"],
+    ["slot"],
     ["layer", "formats.native"],
     ["targets", "walk"],
     ["bake", "switch"],
