@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from oracle import FACTORS, NET_LAYERS, adapted_net, bits, delta, net
+from oracle import FACTORS, NET_LAYERS, adapted_net, delta, net
 from torch import nn
 
 import convlora
@@ -124,4 +124,3 @@ def test_a_name_is_needed_among_several() -> None:
         convlora.adapter(model)
     assert list(convlora.adapter(model, "a").layers) == NET_LAYERS
     assert list(convlora.adapter(model, "b").layers) == ["0"]
-    assert bits(model)
