@@ -8,6 +8,7 @@ Example:
     >>> _ = convlora.remove(convlora.merge(model))
 """
 
+from convlora import distill as distill
 from convlora.adapter import Adapter as Adapter
 from convlora.config import AdapterConfig as AdapterConfig
 from convlora.errors import ConvLoRAError as ConvLoRAError

@@ -47,7 +47,7 @@ def select(
     parts = {id(part) for module in adaptable.values() for part in module.modules()}
     selected: set[int] = set()
     for target in targets:
-        hits = [(name, module) for name, module in named if _hits(target, name, module, operation)]
+        hits = [(name, module) for name, module in named if selects(target, name, module, operation)]
         if isinstance(target, str) and _is_literal(target):
             meant = [hit for hit in hits if hit[0] == target] or hits  # a full name means that layer first
             for name, module in meant:
@@ -66,7 +66,7 @@ def select(
         selected |= found
     idle: list[Target] = []
     for target in exclude:
-        found = {id(module) for name, module in adaptable.items() if _hits(target, name, module, operation)}
+        found = {id(module) for name, module in adaptable.items() if selects(target, name, module, operation)}
         if not found:
             idle.append(target)
         selected -= found
@@ -118,7 +118,8 @@ def describe(target: Target) -> str:
     return repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
 
 
-def _hits(target: Target, name: str, module: nn.Module, operation: str) -> bool:
+def selects(target: Target, name: str, module: nn.Module, operation: str) -> bool:
+    """Whether a target of any form selects a module."""
     if isinstance(target, str):
         return _guard(matches, target, name, operation)
     if isinstance(target, type):

@@ -20,6 +20,10 @@ LEVELS = [  # each file imports from lines above its own
     ["layer", "formats.native"],
     ["targets", "walk"],
     ["bake", "switch"],
+    ["distill.affinity", "distill.taps"],
+    ["distill.losses"],
+    ["distill.distiller"],
+    ["distill"],  # its __init__
     ["model"],
     ["report", "storage"],
     ["__init__"],
@@ -31,7 +35,9 @@ LATE = {("adapter", "formats")}  # Adapter.read and .write find their format whe
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("convlora"):
+        if isinstance(node, ast.ImportFrom) and node.module == "convlora":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("convlora"):
             found.add(node.module.removeprefix("convlora").lstrip(".") or "__init__")
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.startswith("convlora")}
