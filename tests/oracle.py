@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convlora
@@ -181,3 +182,37 @@ def _snapshot(model: nn.Module) -> Iterator[Any]:
         yield name, type(module), module.training, list(module.__dict__), list(module._modules), list(module._buffers)
         yield [(key, id(p), p is not None and p.requires_grad) for key, p in module._parameters.items()]
     yield bits(model)
+
+
+# --- losses between features, by their definitions -----------------------------------------------------------------
+
+
+def _spatial(student: Tensor, teacher: Tensor) -> Tensor:
+    """FAKD: A = F̃ᵀF̃ with a unit vector per pixel, mean |A_S - A_T|."""
+    a, b = (F.normalize(f.flatten(2), dim=1) for f in (student, teacher))
+    return (a.mT @ a - b.mT @ b).abs().mean()
+
+
+def _channel(student: Tensor, teacher: Tensor) -> Tensor:
+    a, b = (F.normalize(f.flatten(2), dim=2) for f in (student, teacher))
+    return (a @ a.mT - b @ b.mT).abs().mean()
+
+
+def _instance(student: Tensor, teacher: Tensor) -> Tensor:
+    a, b = (F.normalize(f.flatten(1), dim=1) for f in (student, teacher))
+    return (a @ a.T - b @ b.T).abs().mean()
+
+
+def _attention(student: Tensor, teacher: Tensor) -> Tensor:
+    a, b = (F.normalize(f.pow(2).sum(1).flatten(1), dim=1) for f in (student, teacher))
+    return (a - b).pow(2).mean()
+
+
+AFFINITIES = {
+    "spatial_affinity": _spatial,
+    "channel_affinity": _channel,
+    "instance_affinity": _instance,
+    "attention": _attention,
+    "l1": lambda student, teacher: (student - teacher).abs().mean(),
+    "mse": lambda student, teacher: (student - teacher).pow(2).mean(),
+}

@@ -42,7 +42,9 @@ def _forward(student: Tensor, teacher: Tensor, for_student: bool, for_teacher: b
         images, _, pixels = student.shape
         unit_s, length_s = _unit(student)
         unit_t, length_t = _unit(teacher)
-        total, differences = unit_s + unit_t, unit_s - unit_t
+        # Unit vectors rounded to float32 would already have lost a small difference, so it is formed before rounding.
+        total, differences = (unit_s + unit_t).to(student.dtype), (unit_s - unit_t).to(student.dtype)
+        unit_s, unit_t = unit_s.to(student.dtype), unit_t.to(student.dtype)
         rows = torch.cat([total, differences], 1).transpose(1, 2).contiguous()  # (N, n, 2C)
         columns = torch.cat([differences, total], 1)
         del total, differences
@@ -81,16 +83,17 @@ def _block_side(images: int, pixels: int, device: str) -> int:
 
 
 def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of unit length, and what they were divided by (infinite for those without a direction)."""
-    length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    """Columns of unit length in float64, and what they were divided by (infinite for those without a direction)."""
+    precise = features if features.device.type == "mps" else features.double()  # mps has no float64
+    length = torch.linalg.vector_norm(precise, dim=1, keepdim=True)
     length = length.masked_fill(length <= SHORTEST, torch.inf)
-    return features / length, length
+    return precise / length, length.to(features.dtype)
 
 
 def _through_unit(gradient: Tensor, unit: Tensor, length: Tensor, scale: float) -> Tensor:
     """The gradient with respect to vectors from that with respect to their unit vectors."""
     along = (gradient * unit).sum(1, keepdim=True)
-    return torch.addcmul(gradient, unit, along, value=-1).mul_(scale / length)
+    return torch.addcmul(gradient, unit, along, value=-1).mul_(scale / length).contiguous()
 
 
 @_forward.register_fake

@@ -1,4 +1,4 @@
-"""The training loop of the examples: Adam and L1 on accelerate, ended by steps or by time."""
+"""The training loop of the examples: Adam on accelerate, L1 or another loss, ended by steps or by time."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sr.data import InputError, Patches
 
 MEASUREMENTS = 10  # how often a run looks at the held-out photos
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # of a batch (low, high), forward pass included
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ def make_accelerator(device: str) -> Accelerator:
     return Accelerator(cpu=device == "cpu")
 
 
+def absolute_error(model: nn.Module) -> Loss:
+    """The loss that super-resolution networks train on."""
+    return lambda low, high: F.l1_loss(model(low), high)
+
+
 def train(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
@@ -69,15 +76,18 @@ def train(
     *,
     measure: Callable[[], float],
     on_step: Callable[[float, float], None],
+    make_loss: Callable[[nn.Module], Loss] = absolute_error,
 ) -> Trained:
-    """Minimise the mean absolute error of `model(low)` to `high` over `parameters`.
+    """Minimise a loss, the mean absolute error of `model(low)` to `high` unless told, over `parameters`.
 
-    `measure()` is called before, after and at even distances between; `on_step(progress, loss)`
-    after each step. Time spent measuring does not count as training.
+    `make_loss` gets the model as it trains (wrapped, where there are several processes). `measure()` is called before,
+    after and at even distances between; `on_step(progress, loss)` after each step. Time spent measuring does not count
+    as training.
     """
     optimizer = torch.optim.Adam(parameters, lr=schedule.rate)
     loader = DataLoader(patches, batch_size=None)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    loss_of = make_loss(model)
     losses: list[float] = []
     measured = [(0, measure())]
     due, elapsed = 1, 0.0
@@ -87,7 +97,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate * schedule.factor(len(losses), progress)
         model.train()
-        loss = F.l1_loss(model(low), high)
+        loss = loss_of(low, high)
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
