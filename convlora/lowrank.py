@@ -42,7 +42,7 @@ class LowRank(nn.Module):
         self._parameters["lora_bias"] = (
             nn.Parameter(torch.zeros(spec.out_channels, dtype=torch.float32, device=device)) if bias else None
         )
-        # The scale is a tensor so that neither another strength nor another alpha recompiles a compiled model.
+        # Compiled models take the scale as a tensor, so that neither another strength nor another alpha recompiles.
         gain = torch.empty((), dtype=torch.float32, device=device)
         self.register_buffer("_gain", gain, persistent=False)
         self.register_buffer("_bias_gain", gain.clone() if bias else None, persistent=False)
@@ -93,14 +93,16 @@ class LowRank(nn.Module):
         if kind == "bias":
             assert self.lora_bias is not None
             assert self._bias_gain is not None
-            return self.lora_bias * self._bias_gain
+            return self.lora_bias * (self._bias_gain if torch.compiler.is_compiling() else self.strength)
         factors = {name: getattr(self, name) for name in self._tensors}  # no parameters in DataParallel's replicas
         p = self.config.rank_dropout
         if self.training and p > 0 and dropout:
             kept = torch.rand(self.rank, dtype=torch.float32, device=self._gain.device) >= p
             keep = kept.to(self._gain.dtype) / (1 - p)
             factors = self.factorization.drop(factors, keep)
-        return self.spec.from_convolution(self.factorization.delta(factors, self.spec)) * self._gain
+        # Eager ones take the number: a backward that comes after another `activate` must not find the tensor changed.
+        gain = self._gain if torch.compiler.is_compiling() else self.strength * self.scale
+        return self.spec.from_convolution(self.factorization.delta(factors, self.spec)) * gain
 
     def _follow(self) -> None:
         """Bring the scale to the device of the factors, which `load_state_dict(assign=True)` may have changed."""

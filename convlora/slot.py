@@ -40,7 +40,8 @@ class Slot(nn.Module):
         """Let the named adapters act, those that this layer has."""
         self.active = tuple(name for name in self._modules if strengths.get(name))
         for name in self.active:
-            self.low_rank(name).set_strength(strengths[name])
+            if self.low_rank(name).strength != strengths[name]:  # a write could come between a forward and its backward
+                self.low_rank(name).set_strength(strengths[name])
         self._before_merge = None
         self._fused.clear()
 

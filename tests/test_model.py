@@ -334,6 +334,21 @@ def test_updates_add_up_with_their_strengths(chosen: dict[str, float]) -> None:
         torch.testing.assert_close(layer.bias, bias, rtol=0, atol=1e-6)
 
 
+def test_another_strength_between_forward_and_backward_changes_no_gradient() -> None:
+    model, x = adapted_net(bias=True), some_input()
+    single = []
+    for strength in (0.5, 2.0):
+        convlora.activate(model, {"default": strength})
+        single.append(torch.autograd.grad(model(x).square().sum(), convlora.parameters(model)))
+    losses = []
+    for strength in (0.5, 2.0):
+        convlora.activate(model, {"default": strength})
+        losses.append(model(x).square().sum())
+    both = torch.autograd.grad(sum(losses), convlora.parameters(model))
+    for got, *parts in zip(both, *single, strict=True):
+        torch.testing.assert_close(got, parts[0] + parts[1])
+
+
 def test_activate_takes_a_name_a_list_or_strengths() -> None:
     model, x = two(), some_input()
     both = model(x)

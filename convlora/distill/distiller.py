@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map
 
 from convlora.config import Target, is_number
 from convlora.distill.losses import Loss, get_loss
-from convlora.distill.taps import Taker, Tap, evaluating, find
+from convlora.distill.taps import Taker, Tap, evaluating, find, matches_parts
 from convlora.errors import ConvLoRAError
 from convlora.switch import disabled
-from convlora.targets import matches, nearest
+from convlora.targets import nearest
 from convlora.walk import adapters, unwrap
 
 Layers: TypeAlias = "Target | Sequence[Target] | Mapping[str, str]"
@@ -227,7 +227,7 @@ def _by_pattern(
     found: dict[Tap, W] = {}
     for pattern, value in values.items():
         hits = [tap for tap in taps if pattern in (str(tap), tap.module)] or [
-            tap for tap in taps if matches(pattern, tap.module)
+            tap for tap in taps if matches_parts(pattern, tap.module)
         ]
         if not hits:
             close = nearest(pattern, map(str, taps))

@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -35,8 +36,9 @@ class Tap:
 def find(model: nn.Module, target: Target) -> list[Tap]:
     """The taps that a target means, in model order.
 
-    A trailing `[0]`, `[-1]` or `[key]` takes an element of a tuple or mapping if what stands before it selects a
-    module; otherwise it is part of the glob.
+    Modules nest, so a `*` stays within one part of a dotted name, unlike for `inject`: `"block_*"` is the blocks and
+    not what is inside them. A pattern still matches from any dot on. A trailing `[0]`, `[-1]` or `[key]` takes an
+    element of a tuple or mapping if what stands before it selects a module; otherwise it is part of the glob.
 
     Raises:
         ConvLoRAError: no module of that name.
@@ -44,7 +46,7 @@ def find(model: nn.Module, target: Target) -> list[Tap]:
     names = dict(_modules(model))
     taps = _find(names, target)
     if not taps:
-        clause = f"; {nearest(_ELEMENT.sub(_BEFORE, target), names)}" if isinstance(target, str) else ""
+        clause = f"; {nearest(_ELEMENT.sub(_BEFORE, target), filter(None, names))}" if isinstance(target, str) else ""
         raise ConvLoRAError(f"distill: layer {describe(target)} selects no module of {type(model).__name__}{clause}")
     return taps
 
@@ -57,7 +59,21 @@ def _find(names: Mapping[str, nn.Module], target: Target) -> list[Tap]:
                 return [Tap(tap.module, (*tap.path, step)) for tap in outer]
         if target in names:
             return [Tap(target)]
+        if not target.startswith("re:"):
+            return [Tap(name) for name in names if name and matches_parts(target, name)]
     return [Tap(name) for name, module in names.items() if name and selects(target, name, module, "distill")]
+
+
+def matches_parts(pattern: str, name: str) -> bool:
+    """Whether a glob selects a dotted name, part by part, from any dot on.
+
+    Example:
+        >>> matches_parts("block_*", "body.block_1"), matches_parts("block_*", "block_1.conv")
+        (True, False)
+    """
+    parts, globs = name.split("."), pattern.split(".")
+    tail = parts[-len(globs) :]
+    return len(tail) == len(globs) and all(map(fnmatchcase, tail, globs))
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
