@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import AFFINITIES
 from spandrel.architectures.SPAN.__arch.span import SPAN
@@ -410,6 +413,40 @@ def test_two_calls_before_one_backward(compiled: bool) -> None:
         assert (got is None) == (parts[0] is None)
         if got is not None:
             torch.testing.assert_close(got, parts[0] + parts[1])
+
+
+def _gradients_of_rank(rank: int, folder: str, find_unused: bool) -> None:
+    """One of two processes: the gradients of its half of the batch, averaged by DDP."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(f"{folder}/store", 2))
+    model = student().eval()
+    ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
+    for _ in range(2):  # the reducer has a state: a teacher's pass through it would show in the second step
+        out = Distiller(ddp, BLOCKS)(batch()[rank : rank + 1])
+        for parameter in convlora.parameters(model):
+            parameter.grad = None
+        (out.loss + F.l1_loss(out.student, out.teacher)).backward()
+    if rank == 0:
+        torch.save([parameter.grad for parameter in convlora.parameters(model)], f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_two_processes_under_ddp_give_the_gradients_of_the_joined_batch(tmp_path: Path, find_unused: bool) -> None:
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_gradients_of_rank, args=(r, str(tmp_path), find_unused)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    torch.manual_seed(0)
+    model = student().eval()
+    out = Distiller(model, BLOCKS)(batch())
+    (out.loss + F.l1_loss(out.student, out.teacher)).backward()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    for parameter, gradient in zip(convlora.parameters(model), torch.load(tmp_path / "gradients.pt"), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
 
 
 class Checkpointed(Net):

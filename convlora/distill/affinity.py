@@ -19,8 +19,8 @@ from convlora.errors import ConvLoRAError
 
 SHORTEST = 1e-12  # a shorter vector has no direction: affinity 0 to every pixel, and no gradient
 
-# Elements of one block over all images, by measurement on a CPU (1 MiB of float32: the second-level cache); a GPU needs
-# blocks that occupy it.
+# Elements of one block over all images. On a CPU by measurement: 1 MiB of float32, the second-level cache. On a GPU by
+# reasoning: 64 MiB, large enough that launching the few operations of a block costs nothing.
 CACHED, OCCUPYING = 2**18, 2**24
 
 

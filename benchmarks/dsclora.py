@@ -1,0 +1,315 @@
+"""DSCLoRA on SPAN: does ConvLoRA with distillation beat the network it starts from, at the same inference graph?
+
+    python benchmarks/dsclora.py DATA --base span_x4_c26=examples/weights/span_x4_c26.safetensors --base ...
+
+Three questions, every answer from runs of equal length on the same patches:
+
+1. The paper's table (arXiv 2504.11271) by our means, clean x4: base; all weights fine-tuned; ConvLoRA on L1; with L1 to
+   the teacher; with spatial affinity. Several seeds, Set5 and BSDS val.
+2. The regime: one thing changed at a time (learning rate, steps, patch, weights of the loss), one seed, judged on
+   photos kept out of training and on Set5.
+3. Robust: degraded input for the student, the clean image for the teacher. Does affinity help there?
+
+And what is left at inference: parameters, operations and time of the merged network beside the base's. DATA holds
+`bsds/train`, `bsds/val` and `set5/HR` (photos as BSDS500 and Set5 have them). Every run is written to `--runs` when it
+ends and not repeated if the file has it, so an interrupted benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from common import RESULTS, Case, Section, interleave, machine, now, versions, write_results
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import convlora
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from sr.data import Pair, Patches, degraded_pairs, prepare, read_folder
+from sr.degradations import DEGRADATIONS
+from sr.distillation import Distillation, inject
+from sr.metrics import quality
+from sr.models import load_span, upscale
+from sr.training import Schedule, make_accelerator, train
+
+EXCLUDED = "302003"  # the photo of BSDS that is also Set5's woman
+KEPT_OUT = 20  # every 20th training photo judges the regime and trains nothing
+JUDGED = {"set5": "Set5", "val": "BSDS val", "kept out": "kept out"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: everything that its result depends on."""
+
+    base: str
+    high: float = 1.0  # λ1
+    teacher: float = 0.0  # λ2
+    affinity: float = 0.0  # λ3
+    full: bool = False
+    rate: float = 1e-3
+    steps: int = 300
+    patch: int = 32
+    batch: int = 8
+    seed: int = 0
+    degradation: str = "clean"
+    clean_teacher: bool = False
+    judged: tuple[str, ...] = ("set5", "val")
+
+    def key(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+METHODS: dict[str, dict[str, float | bool]] = {
+    "all weights, L1": {"full": True, "rate": 5e-5},
+    "ConvLoRA, L1": {},
+    "+ L1 to the teacher": {"teacher": 0.2},
+    "+ affinity": {"teacher": 0.2, "affinity": 0.02},
+}
+SWEEPS: dict[str, dict[str, list[float]]] = {
+    "rate": {"rate": [3e-4, 1e-3, 3e-3]},
+    "steps": {"steps": [150, 300, 600]},
+    "patch": {"patch": [24, 32, 48]},
+    "teacher": {"teacher": [0.05, 0.1, 0.2, 0.5]},
+    "affinity": {"affinity": [0.02, 0.1, 1.0]},
+}
+ROBUST: dict[str, dict[str, float | bool]] = {
+    "ConvLoRA, L1": {},
+    "+ affinity 0.02, teacher sees the clean image": {"affinity": 0.02, "clean_teacher": True},
+    "+ affinity 0.1, teacher sees the clean image": {"affinity": 0.1, "clean_teacher": True},
+    "+ affinity 0.1, teacher sees the same": {"affinity": 0.1},
+}
+
+
+# --- one run --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def photos(data: Path, name: str, degradation: str) -> list[Pair]:
+    """The pairs of `"train"`, `"kept out"`, `"set5"` or `"val"`."""
+    folder = data / {"set5": "set5/HR", "val": "bsds/val"}.get(name, "bsds/train")
+    found = [photo for photo in prepare(read_folder(folder), 4, 64) if photo.name != EXCLUDED]
+    if name == "kept out":
+        found = found[::KEPT_OUT]
+    if name == "train":
+        found = [photo for index, photo in enumerate(found) if index % KEPT_OUT]
+    seed = 10**6 if name == "train" else 0
+    return degraded_pairs(found, DEGRADATIONS[degradation], scale=4, draws=1, seed=seed)
+
+
+def judge(model: nn.Module, pairs: Sequence[Pair]) -> list[float]:
+    """[PSNR-Y, SSIM-Y]."""
+    reached = quality([upscale(model, pair.low) for pair in pairs], [pair.high for pair in pairs], 4)
+    return [reached.psnr, reached.ssim]
+
+
+def carry_out(run: Run, data: Path, base: Path) -> dict[str, object]:
+    """Train, merge, remove, judge."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(run.seed)
+    model, _ = load_span(base)
+    result: dict[str, object] = {"run": dataclasses.asdict(run), "base_parameters": count(model)}
+    parameters = list(model.parameters()) if run.full else convlora.parameters(inject(model))
+    if run.steps:
+        trained = train(
+            model,
+            parameters,
+            Patches(photos(data, "train", run.degradation), patch=run.patch, batch=run.batch, seed=run.seed),
+            Schedule(steps=run.steps, seconds=float("inf"), rate=run.rate, warmup=20),
+            make_accelerator("cpu"),
+            measure=lambda: 0.0,
+            on_step=lambda progress, loss: None,
+            make_loss=Distillation(run.high, run.teacher, run.affinity, run.clean_teacher),
+        )
+        result["seconds"] = trained.seconds
+    if not run.full:
+        convlora.remove(convlora.merge(model))
+    result |= {"trained_parameters": sum(p.numel() for p in parameters), "merged_parameters": count(model)}
+    return result | {name: judge(model, photos(data, name, run.degradation)) for name in run.judged}
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def carry_all(runs: Iterable[Run], data: Path, bases: dict[str, Path], kept: Path, jobs: int) -> dict[str, dict]:
+    """Key -> result; what the file `kept` has is not repeated."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    found = {Run(**{**r["run"], "judged": tuple(r["run"]["judged"])}).key(): r for r in map(json.loads, lines)}
+    todo = [run for run in dict.fromkeys(runs) if run.key() not in found]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, kept.open("a") as file:
+        futures = {pool.submit(carry_out, run, data, bases[run.base]): run for run in todo}
+        for done, future in enumerate(as_completed(futures), 1):
+            result = future.result()
+            found[futures[future].key()] = result
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            print(f"{time.strftime('%H:%M:%S')} {done}/{len(todo)} {json.dumps(result)}", flush=True)
+    return found
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def base_run(base: str, run: Run) -> Run:
+    """The base itself: the run without a step."""
+    return Run(base, full=True, steps=0, degradation=run.degradation, judged=run.judged)
+
+
+def table(title: str, note: str, rows: dict[tuple[str, str], list[Run]], found: dict[str, dict]) -> Section:
+    """One line per (base, method), means over seeds with their standard deviation, and the gain over the base."""
+    judged = next(iter(rows.values()))[0].judged
+    columns = [f"{JUDGED[name]} {what}" for name in judged for what in ("PSNR-Y", "gain", "SSIM-Y")]
+    section = Section(title, note, ("base", "method", "trained", "s / step", *columns))
+    for (base, method), runs in rows.items():
+        results = [found[run.key()] for run in runs]
+        start = found[base_run(base, runs[0]).key()]
+        cells, data = [], {"base": base, "method": method, "runs": [r["run"] for r in results]}
+        for name in judged:
+            psnr, ssim = zip(*(result[name] for result in results), strict=True)
+            gain = statistics.mean(psnr) - start[name][0]
+            spread = f" ± {statistics.stdev(psnr):.3f}" if len(psnr) > 1 else ""
+            is_base = runs[0].steps == 0
+            cells += [f"{statistics.mean(psnr):.3f}", "" if is_base else f"{gain:+.3f}{spread}"]
+            cells += [f"{statistics.mean(ssim):.4f}"]
+            data |= {f"{name} psnr": psnr, f"{name} ssim": ssim, f"{name} gain": gain}
+        first = results[0]
+        trained = first["trained_parameters"] if runs[0].steps else 0
+        pace = statistics.median(r.get("seconds", 0.0) / max(runs[0].steps, 1) for r in results)
+        share = f"{trained:,} ({trained / first['base_parameters']:.0%})" if trained else ""
+        section.rows.append((base, method, share, f"{pace:.2f}" if trained else "", *cells))
+        section.data.append({**data, "trained_parameters": trained, "seconds_per_step": pace})
+    return section
+
+
+def with_bases(rows: dict[tuple[str, str], list[Run]]) -> dict[tuple[str, str], list[Run]]:
+    """The rows, each base before those that start from it."""
+    result: dict[tuple[str, str], list[Run]] = {}
+    for (base, method), runs in rows.items():
+        result.setdefault((base, "base"), [base_run(base, runs[0])])
+        result[base, method] = runs
+    return result
+
+
+def paper_rows(bases: Iterable[str], seeds: int) -> dict[tuple[str, str], list[Run]]:
+    return {
+        (base, name): [Run(base, seed=seed, **method) for seed in range(seeds)]  # type: ignore[arg-type]
+        for base in bases
+        for name, method in METHODS.items()
+    }
+
+
+def sweep_rows(base: str) -> dict[tuple[str, str], list[Run]]:
+    """ConvLoRA with L1 to the teacher and without, one setting changed at a time."""
+    rows = {}
+    for sweep in SWEEPS.values():
+        for setting, values in sweep.items():
+            for value in values:
+                weights = [{}] if setting in ("teacher", "affinity") else [{}, {"teacher": 0.2}]
+                for weight in weights:
+                    name = f"{setting} {value:g}" + (", L1 to the teacher 0.2" if weight else "")
+                    run = Run(base, **{**weight, setting: value}, judged=("kept out", "set5"))  # type: ignore[arg-type]
+                    rows[base, name] = [run]
+    everything = Run(base, teacher=1.0, affinity=1.0, judged=("kept out", "set5"))
+    return rows | {(base, "all three weights 1"): [everything]}
+
+
+def robust_rows(base: str, seeds: int) -> dict[tuple[str, str], list[Run]]:
+    return {
+        (base, name): [Run(base, degradation="camera", seed=seed, **method) for seed in range(seeds)]  # type: ignore[arg-type]
+        for name, method in ROBUST.items()
+    }
+
+
+def inference(bases: dict[str, Path], rounds: int) -> Section:
+    """Parameters, operations and time of the merged network beside the base's."""
+    section = Section(
+        "What is left at inference",
+        "Input 1x3x96x128, one thread. Operations: multiplications and additions, by PyTorch's counter. Time: merged "
+        "and removed over base, median of the rounds' ratios.",
+        ("base", "parameters", "merged", "GFLOP", "merged", "ms", "merged / base"),
+    )
+    x = torch.rand(1, 3, 96, 128)
+    for name, path in bases.items():
+        base, adapted = load_span(path)[0].eval(), inject(load_span(path)[0]).eval()
+        with torch.no_grad():
+            for parameter in convlora.parameters(adapted):
+                parameter.normal_(std=0.01)
+        models = {"base": base, "merged": convlora.remove(convlora.merge(adapted))}
+        operations = {}
+        for kind, model in models.items():
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(x)
+            operations[kind] = counter.get_total_flops()
+        cases = [Case(kind, torch.no_grad()(lambda _, m=m: m(x)), calls=4) for kind, m in models.items()]
+        times = interleave(name, cases, rounds)
+        ratio = times["merged"].over(times["base"])
+        section.rows.append((
+            name, f"{count(base):,}", f"{count(models['merged']):,}",
+            *(f"{operations[kind] / 1e9:.3f}" for kind in ("base", "merged")),
+            f"{times['base'].median * 1e3:.1f}", f"{ratio.wall:.3f} (CPU {ratio.cpu:.3f})",
+        ))  # fmt: skip
+        section.data.append({"base": name, "parameters": count(base), "flop": operations, "ratio": vars(ratio)})
+    return section
+
+
+def main(
+    data: Annotated[Path, typer.Argument(help="Folder with bsds/train, bsds/val and set5/HR.", exists=True)],
+    base: Annotated[list[str], typer.Option(help="NAME=checkpoint; may be repeated, the first is swept.")],
+    seeds: Annotated[int, typer.Option(help="Seeds of the table.", min=1)] = 3,
+    sweep: Annotated[list[str] | None, typer.Option(help="Bases to sweep, else the first.")] = None,
+    robust: Annotated[str | None, typer.Option(help="Base of the robust variant, else the first.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
+    runs: Annotated[Path, typer.Option(help="Where finished runs are kept.")] = Path("runs/dsclora/runs.jsonl"),
+    out: Annotated[Path, typer.Option(help="Results as JSON, and beside it as Markdown.")] = RESULTS / "dsclora.json",
+) -> None:
+    """DSCLoRA on SPAN: the table of the paper, the regime, the robust variant."""
+    torch.set_num_threads(1)
+    bases = {name: Path(path) for name, _, path in (text.partition("=") for text in base)}
+    first = next(iter(bases))
+    paper = with_bases(paper_rows(bases, seeds))
+    regimes = {name: with_bases(sweep_rows(name)) for name in sweep or [first]}
+    robustness = with_bases(robust_rows(robust or first, seeds))
+    facts = {"date": now(), "machine": machine(), "versions": versions(["torch", "spandrel", "convlora"])}
+    found = {}
+    for rows in (paper, robustness, *regimes.values()):
+        found |= carry_all((run for line in rows.values() for run in line), data, bases, runs, jobs)
+    defaults = Run("")
+    recipe = (
+        f"{defaults.steps} steps, Adam, cosine, batch {defaults.batch}, LR patch {defaults.patch}, turned and "
+        f"mirrored, rate {defaults.rate:g} (all weights: 5e-5); ranks 2 and 8 as the released code has them. "
+    )
+    sections = [
+        table("The paper's table: clean x4", f"{recipe}Gain: mean over {seeds} seeds ± standard deviation, in dB.",
+              paper, found),
+        inference(bases, rounds=15),
+        table("Robust: degradation 'camera'", f"{recipe}Gain: mean over {seeds} seeds ± standard deviation.",
+              robustness, found),
+        *(table(f"The regime: {name}", f"One seed; {recipe}One setting changed at a time.", rows, found)
+          for name, rows in regimes.items()),
+    ]  # fmt: skip
+    for section in sections:
+        section.show()
+    command = f"python benchmarks/dsclora.py DATA --seeds {seeds} --jobs {jobs} " + " ".join(
+        f"--base {name}={path.name}" for name, path in bases.items()
+    )
+    write_results(out, command, facts, sections)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,177 @@
+"""Distil a small super-resolution network into itself: DSCLoRA (arXiv 2504.11271) in two minutes on a CPU.
+
+    python examples/dsclora.py
+
+ConvLoRA adapters on the blocks, the convolution before the upsampler and the pixel shuffle of a SPAN learn from photos
+while the network without them, the frozen base, teaches: `L = λ1·L1(HR) + λ2·L1(teacher) + λ3·affinity`. There is one
+set of weights in memory. Afterwards the adapter is merged: the same graph and size as the base. The script exits with 1
+if the merged network is not what was trained, or differs from the base in size.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from sr.data import Image, Patches, bundled_photos, degraded_pairs, prepare, read_folder, to_tensor
+from sr.degradations import DEGRADATIONS, enlarge
+from sr.distillation import Distillation, inject
+from sr.metrics import quality
+from sr.models import load_span, predict, save_span, upscale
+from sr.report import device_name, make_row, one_line_errors, progress_bar, quality_table, save_curve
+from sr.training import Schedule, make_accelerator, train
+from torch import Tensor, nn
+
+import convlora
+from convlora.distill import Distiller
+
+WEIGHTS = Path(__file__).parent / "weights" / "span_x4_c26.safetensors"
+CLOSE = 1e-5  # of full scale: what another order of summation may change
+SHOWN = "block_6[0]"  # the feature whose affinities the picture shows
+
+console = Console()
+
+
+@one_line_errors
+def main(
+    base: Annotated[Path, typer.Option(help="SPAN checkpoint, in train form or collapsed.")] = WEIGHTS,
+    photos: Annotated[Path | None, typer.Option(help="Folder to train on, else five photos of dependencies.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Folder to judge by, else three of dependencies.")] = None,
+    high: Annotated[float, typer.Option(help="λ1, the weight of L1 to the photo.", min=0)] = 1.0,
+    teacher: Annotated[float, typer.Option(help="λ2, the weight of L1 to the base's output.", min=0)] = 0.2,
+    affinity: Annotated[float, typer.Option(help="λ3, the weight of the spatial affinity.", min=0)] = 0.02,
+    steps: Annotated[int, typer.Option(help="Steps at most.", min=1)] = 300,
+    minutes: Annotated[float, typer.Option(help="Minutes at most; the schedule then shrinks to fit.", min=0.01)] = 3.0,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.", min=0)] = 1e-3,
+    batch: Annotated[int, typer.Option(help="Patches in a step.", min=1)] = 8,
+    patch: Annotated[int, typer.Option(help="Side of a low-resolution patch, pixels.", min=8)] = 32,
+    seed: Annotated[int, typer.Option(help="Of adapter and patches.", min=0)] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads, else all.", min=1)] = None,
+    out: Annotated[Path, typer.Option(help="Folder for what the run writes.")] = Path("runs/dsclora"),
+) -> None:
+    """Adapt a SPAN to photos, clean x4, with its frozen base as the teacher."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    accelerator = make_accelerator("auto")
+    out.mkdir(parents=True, exist_ok=True)
+
+    # 1. The network, the photos, and ConvLoRA where the paper has it.
+    model, scale = load_span(base)
+    model.to(accelerator.device)
+    training = read_folder(photos) if photos else bundled_photos()[0]
+    judging = read_folder(held_out) if held_out else bundled_photos()[1]
+    clean = DEGRADATIONS["clean"]
+    pairs = degraded_pairs(prepare(training, scale, least=patch * scale), clean, scale=scale, draws=1, seed=0)
+    tests = degraded_pairs(prepare(judging, scale, least=64), clean, scale=scale, draws=1, seed=0)
+    highs = [test.high for test in tests]
+    bicubic = make_row("bicubic", [to_tensor(enlarge(test.low, scale)) for test in tests], highs, scale)
+    base_row = make_row("base, the teacher", [predict(model, test.low) for test in tests], highs, scale)
+    size = convlora.summary(inject(model))
+    console.print(
+        f"[bold]{len(size.layers)}[/] layers adapted, [bold]{size.trainable:,}[/] parameters to train beside "
+        f"{size.base:,} frozen ({size.trainable / size.base:.1%}); {len(training)} photos; "
+        f"{device_name(accelerator.device)}"
+    )
+
+    # 2. Training; examples/sr/distillation.py has the loss.
+    def held_out_psnr() -> float:
+        return quality([upscale(model, test.low) for test in tests], highs, scale).psnr
+
+    with progress_bar(console) as bar:
+        task = bar.add_task("", total=1.0, loss=float("nan"))
+        trained = train(
+            model,
+            convlora.parameters(model),
+            Patches(pairs, patch=patch, batch=batch, seed=seed),
+            Schedule(steps=steps, seconds=60 * minutes, rate=lr, warmup=20),
+            accelerator,
+            measure=held_out_psnr,
+            on_step=lambda progress, loss: bar.update(task, completed=progress, loss=loss),
+            make_loss=Distillation(high, teacher, affinity),
+        )
+    adapted = make_row("adapted", [predict(model, test.low) for test in tests], highs, scale)
+    save_affinity(out / "affinity.png", model, tests[0].low)
+
+    # 3. Merged: what is deployed.
+    convlora.save(model, out / "adapter.safetensors")
+    plain = convlora.remove(convlora.merge(copy.deepcopy(model)))
+    save_span(plain, out / "span_merged.safetensors")
+    merged = make_row("merged", [predict(plain, test.low) for test in tests], highs, scale, same=adapted)
+
+    # 4. What came out.
+    console.print(quality_table([bicubic, base_row, adapted, merged], base_row, f"{len(tests)} held-out photos, clean"))
+    save_curve(out / "curve.png", trained, "held-out PSNR-Y (dB)")
+    results = {
+        "weights": {"high": high, "teacher": teacher, "affinity": affinity},
+        "steps": len(trained.losses),
+        "seconds": round(trained.seconds, 1),
+        "trained_parameters": size.trainable,
+        "base_parameters": size.base,
+        "adapter_bytes": (out / "adapter.safetensors").stat().st_size,
+        "rows": [row.as_json() for row in (bicubic, base_row, adapted, merged)],
+        "curve": trained.measured,
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    console.print(
+        f"{len(trained.losses)} steps in {trained.seconds:.0f} s; wrote {len(list(out.iterdir()))} files to {out}"
+    )
+    checks = {
+        f"merged equals adapted to {CLOSE}": merged.difference <= CLOSE,
+        "merged has the base's size": sum(p.numel() for p in plain.parameters()) == size.base,
+    }
+    broken = [check for check, holds in checks.items() if not holds]
+    if broken:
+        typer.echo(f"failed: {'; '.join(broken)}", err=True)
+        raise typer.Exit(1)
+    console.print(f"[green]{len(checks)} checks hold[/]: {'; '.join(checks)}")
+
+
+def affinity_maps(model: nn.Module, low: Tensor, pixel: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Affinity of one pixel to all others, `(h, w)` each: the student's and the teacher's."""
+    maps: list[Tensor] = []
+
+    def look(*features: Tensor) -> Tensor:
+        for feature in features:
+            unit = F.normalize(feature[0].double(), dim=0)  # (c, h, w)
+            maps.append(torch.einsum("chw,c->hw", unit, unit[:, pixel[0], pixel[1]]).cpu())
+        return torch.zeros(())
+
+    with torch.no_grad():
+        Distiller(model.eval(), [SHOWN], loss=look)(low)
+    return maps[0], maps[1]
+
+
+def save_affinity(path: Path, model: nn.Module, low: Image) -> None:
+    """A picture: the photo and a pixel in it, that pixel's affinities by teacher and student, and their difference."""
+    pixel = low.shape[0] // 2, low.shape[1] // 2
+    device = next(model.parameters()).device
+    student, teacher = affinity_maps(model, to_tensor(low).to(device), pixel)
+    change = (student - teacher).numpy()
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    photo, left, middle, right = figure.subplots(1, 4)
+    photo.imshow(low)
+    photo.set_title("photo and pixel", fontsize=9)
+    for axes, title, values in ((left, "teacher", teacher), (middle, "student", student)):
+        figure.colorbar(axes.imshow(values, cmap="magma", vmin=float(teacher.min()), vmax=1), ax=axes, shrink=0.7)
+        axes.set_title(f"affinity to it: {title}", fontsize=9)
+    most = float(np.abs(change).max()) or 1.0
+    figure.colorbar(right.imshow(change, cmap="RdBu", vmin=-most, vmax=most), ax=right, shrink=0.7)
+    right.set_title("student - teacher", fontsize=9)
+    for axes in (photo, left, middle, right):
+        axes.plot(pixel[1], pixel[0], "+", color="#00d1ff", markersize=9, markeredgewidth=1.5)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    typer.run(main)
