@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from rich.console import Console
 from sr.data import Image, Patches, bundled_photos, degraded_pairs, prepare, read_folder, to_tensor
 from sr.degradations import DEGRADATIONS, enlarge
@@ -36,6 +37,7 @@ from convlora.distill import Distiller
 WEIGHTS = Path(__file__).parent / "weights" / "span_x4_c26.safetensors"
 CLOSE = 1e-5  # of full scale: what another order of summation may change
 SHOWN = "block_6[0]"  # the feature whose affinities the picture shows
+Map = NDArray[np.float64]  # (h, w)
 
 console = Console()
 
@@ -135,14 +137,14 @@ def main(
     console.print(f"[green]{len(checks)} checks hold[/]: {'; '.join(checks)}")
 
 
-def affinity_maps(model: nn.Module, low: Tensor, pixel: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def affinity_maps(model: nn.Module, low: Tensor, pixel: tuple[int, int]) -> tuple[Map, Map]:
     """Affinity of one pixel to all others, `(h, w)` each: the student's and the teacher's."""
-    maps: list[Tensor] = []
+    maps: list[Map] = []
 
     def look(*features: Tensor) -> Tensor:
         for feature in features:
             unit = F.normalize(feature[0].double(), dim=0)  # (c, h, w)
-            maps.append(torch.einsum("chw,c->hw", unit, unit[:, pixel[0], pixel[1]]).cpu())
+            maps.append(torch.einsum("chw,c->hw", unit, unit[:, pixel[0], pixel[1]]).cpu().numpy())
         return torch.zeros(())
 
     with torch.no_grad():
@@ -155,7 +157,7 @@ def save_affinity(path: Path, model: nn.Module, low: Image) -> None:
     pixel = low.shape[0] // 2, low.shape[1] // 2
     device = next(model.parameters()).device
     student, teacher = affinity_maps(model, to_tensor(low).to(device), pixel)
-    change = (student - teacher).numpy()
+    change = student - teacher
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     photo, left, middle, right = figure.subplots(1, 4)
     photo.imshow(low)

@@ -25,10 +25,12 @@ sys.path.insert(0, str(ROOT / "examples"))
 import evaluate
 import pretrain
 import span as example
+from oracle import AFFINITIES
 from PIL import Image as PilImage
 from safetensors.torch import load_file, save_file
 from spandrel import ModelLoader
 from spandrel.architectures.SPAN.__arch.span import SPAN, Conv3XC
+from sr import distillation
 from sr.data import (
     InputError,
     Pair,
@@ -62,6 +64,7 @@ from sr.training import Schedule
 from typer.testing import CliRunner
 
 import convlora
+from convlora.walk import slots
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data pack is not there")
 
@@ -374,8 +377,8 @@ def test_schedule_rises_then_falls_and_time_ends_it() -> None:
 # --- span.py as a user runs it ---------------------------------------------------------------------------------------
 
 
-def run_span(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(ROOT / "examples/span.py"), *options]
+def run_example(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / script), *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "NO_COLOR": "1", "PYTHONWARNINGS": ""}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
@@ -384,8 +387,20 @@ def run_span(*options: str) -> subprocess.CompletedProcess[str]:
 def short_run(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[str, Path]:
     """(what it printed, where it wrote) of a run of a few steps."""
     out = tmp_path_factory.mktemp("out")
-    result = run_span(
-        *("--photos", str(folder), "--held-out", str(folder), "--steps", "12", "--batch", "2", "--patch", "16"),
+    result = run_example(
+        *(
+            "span.py",
+            "--photos",
+            str(folder),
+            "--held-out",
+            str(folder),
+            "--steps",
+            "12",
+            "--batch",
+            "2",
+            "--patch",
+            "16",
+        ),
         *("--draws", "2", "--lr", "1e-3", "--warmup", "2", "--threads", "1", "--out", str(out)),
     )
     assert result.returncode == 0, result.stderr
@@ -457,6 +472,75 @@ def test_span_refuses_bad_input_in_one_line(tmp_path: Path, folder: Path) -> Non
         assert message in result.output
         assert result.output.startswith("error: ")
         assert result.output.count("\n") == 1, result.output
+
+
+# --- dsclora.py -------------------------------------------------------------------------------------------------------
+
+
+def test_dsclora_puts_adapters_where_the_paper_has_them() -> None:
+    model = distillation.inject(load_span(WEIGHTS)[0])
+    layers = {layer.name: layer.rank for layer in convlora.summary(model).layers}
+    blocks = {f"block_{block}.c{conv}_r": 2 for block in range(1, 7) for conv in (1, 2, 3)}
+    assert layers == {**blocks, "conv_2": 8, "upsampler.0": 8}
+    assert {slot.low_rank("default").scale for slot in slots(model)} == {2.0}
+
+
+def test_dsclora_minimises_the_three_terms() -> None:
+    model, _ = load_span(WEIGHTS)
+    distillation.inject(model)
+    for parameter in convlora.parameters(model):
+        torch.nn.init.normal_(parameter, std=0.02)
+    low, high = torch.rand(2, 3, 12, 12), torch.rand(2, 3, 48, 48)
+    got = distillation.Distillation(high=0.5, teacher=0.3, affinity=2.0, clean_teacher=True)(model)(low, high)
+    features = []
+    hooks = [
+        model.get_submodule(f"block_{block}").register_forward_hook(lambda _m, _i, out: features.append(out[0].clone()))
+        for block in range(1, 7)
+    ]
+    with convlora.disabled(model):
+        taught = model(distillation.reduced(high, low))
+    output = model(low)
+    for hook in hooks:
+        hook.remove()
+    pairs = zip(features[:6], features[6:], strict=True)
+    affinity = sum(AFFINITIES["spatial_affinity"](s.double(), t.double()) for t, s in pairs) / 6
+    expected = 0.5 * (output - high).abs().mean() + 0.3 * (output - taught).abs().mean() + 2.0 * affinity
+    torch.testing.assert_close(got.double(), expected.double())
+
+
+def test_the_clean_teacher_sees_what_a_clean_photo_gives() -> None:
+    photo_pixels = photo(96, 64)
+    expected = to_tensor(clean(photo_pixels))
+    assert torch.equal(distillation.reduced(to_tensor(photo_pixels), expected), expected)
+
+
+def test_dsclora_runs_and_writes_what_it_shows(folder: Path, tmp_path: Path) -> None:
+    result = run_example(
+        *("dsclora.py", "--photos", str(folder), "--held-out", str(folder), "--steps", "6", "--batch", "2"),
+        *("--patch", "16", "--threads", "1", "--out", str(tmp_path)),
+    )
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    assert "2 checks hold" in result.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {row["name"]: row for row in results["rows"]}
+    assert list(rows) == ["bicubic", "base, the teacher", "adapted", "merged"]
+    assert rows["adapted"]["psnr_y"] != rows["base, the teacher"]["psnr_y"]
+    assert results["trained_parameters"] == 25_920
+    for name in ("affinity.png", "curve.png"):
+        with PilImage.open(tmp_path / name) as picture:
+            assert min(picture.size) > 200
+    model, _ = load_span(WEIGHTS)
+    low = clean(read_image(folder / "0.png"))
+    adapted = predict(convlora.load(model, tmp_path / "adapter.safetensors"), low)
+    merged = predict(ModelLoader("cpu").load_from_file(tmp_path / "span_merged.safetensors").model, low)
+    assert torch.allclose(merged, adapted, atol=1e-5)
+
+
+def test_dsclora_refuses_bad_input_in_one_line(tmp_path: Path) -> None:
+    result = run_example("dsclora.py", "--base", str(tmp_path / "none.pth"), "--out", str(tmp_path))
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "no such file" in result.stderr
 
 
 # --- evaluate.py and pretrain.py --------------------------------------------------------------------------------------

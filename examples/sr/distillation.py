@@ -7,7 +7,6 @@ adaptation, the affinity the mean over its blocks' outputs. Ranks are those of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -33,19 +32,22 @@ def inject(model: nn.Module) -> nn.Module:
 class Distillation:
     """The weights of the loss: `high` is λ1, `teacher` λ2, `affinity` λ3. With the last two 0 there is no teacher.
 
-    `clean_teacher` shows the teacher the clean low resolution of the same patch, whatever the student gets.
+    `clean_teacher` shows the teacher the clean low resolution of the same patch, whatever the student gets; `by` is
+    another teacher than the SPAN before adaptation, itself a collapsed SPAN of any width.
     """
 
     high: float = 1.0
     teacher: float = 1.0
     affinity: float = 1.0
     clean_teacher: bool = False
+    by: nn.Module | None = None
 
     def __call__(self, model: nn.Module) -> Loss:
         """The loss of a batch `(low, high)` for a SPAN with adapters."""
         if not self.teacher and not self.affinity:
             return absolute_error(model)
-        distiller = Distiller(model, BLOCKS if self.affinity else [], weights=self.affinity / len(BLOCKS))
+        layers = BLOCKS if self.affinity else []
+        distiller = Distiller(model, layers, teacher=self.by, weights=self.affinity / len(BLOCKS))
 
         def loss(low: Tensor, high: Tensor) -> Tensor:
             out = distiller(low, reduced(high, low) if self.clean_teacher else None)
@@ -59,10 +61,3 @@ def reduced(high: Tensor, low: Tensor) -> Tensor:
     """The clean low resolution of patches `(n, 3, h·scale, w·scale)`, as large as `low`, at 8 bits like a photo's."""
     clean = F.interpolate(high, size=low.shape[-2:], mode="bicubic", antialias=True)
     return clean.clamp(0, 1).mul(255).round() / 255
-
-
-DISTILLATIONS: dict[str, Callable[[nn.Module], Loss]] = {
-    "L1": Distillation(teacher=0, affinity=0),
-    "L1 + teacher": Distillation(affinity=0),
-    "L1 + teacher + affinity": Distillation(),
-}
