@@ -2,13 +2,14 @@
 
     python benchmarks/dsclora.py DATA --base span_x4_c26=examples/weights/span_x4_c26.safetensors --base ...
 
-Three questions, every answer from runs of equal length on the same patches:
+Four questions, every answer from runs of equal length on the same patches:
 
 1. The paper's table (arXiv 2504.11271) by our means, clean x4: base; all weights fine-tuned; ConvLoRA on L1; with L1 to
    the teacher; with spatial affinity. Several seeds, Set5 and BSDS val.
 2. The regime: one thing changed at a time (learning rate, steps, patch, weights of the loss), one seed, judged on
    photos kept out of training and on Set5.
 3. Robust: degraded input for the student, the clean image for the teacher. Does affinity help there?
+4. Another teacher: a network trained less far learns from one trained further. Does affinity help there?
 
 And what is left at inference: parameters, operations and time of the merged network beside the base's. DATA holds
 `bsds/train`, `bsds/val` and `set5/HR` (photos as BSDS500 and Set5 have them). Every run is written to `--runs` when it
@@ -67,6 +68,7 @@ class Run:
     seed: int = 0
     degradation: str = "clean"
     clean_teacher: bool = False
+    by: str = ""  # the teacher, else the base itself
     judged: tuple[str, ...] = ("set5", "val")
 
     def key(self) -> str:
@@ -78,6 +80,13 @@ METHODS: dict[str, dict[str, float | bool]] = {
     "ConvLoRA, L1": {},
     "+ L1 to the teacher": {"teacher": 0.2},
     "+ affinity": {"teacher": 0.2, "affinity": 0.02},
+}
+BETTER: dict[str, dict[str, float | bool]] = {
+    "ConvLoRA, L1": {},
+    "+ L1 to the teacher": {"teacher": 1.0},
+    "+ affinity 0.1": {"affinity": 0.1},
+    "+ affinity 1": {"affinity": 1.0},
+    "+ both": {"teacher": 1.0, "affinity": 0.1},
 }
 SWEEPS: dict[str, dict[str, list[float]]] = {
     "rate": {"rate": [3e-4, 1e-3, 3e-3]},
@@ -116,12 +125,13 @@ def judge(model: nn.Module, pairs: Sequence[Pair]) -> list[float]:
     return [reached.psnr, reached.ssim]
 
 
-def carry_out(run: Run, data: Path, base: Path) -> dict[str, object]:
+def carry_out(run: Run, data: Path, bases: dict[str, Path]) -> dict[str, object]:
     """Train, merge, remove, judge."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(run.seed)
-    model, _ = load_span(base)
+    model, _ = load_span(bases[run.base])
+    teacher = load_span(bases[run.by])[0].requires_grad_(False) if run.by else None
     result: dict[str, object] = {"run": dataclasses.asdict(run), "base_parameters": count(model)}
     parameters = list(model.parameters()) if run.full else convlora.parameters(inject(model))
     if run.steps:
@@ -133,7 +143,7 @@ def carry_out(run: Run, data: Path, base: Path) -> dict[str, object]:
             make_accelerator("cpu"),
             measure=lambda: 0.0,
             on_step=lambda progress, loss: None,
-            make_loss=Distillation(run.high, run.teacher, run.affinity, run.clean_teacher),
+            make_loss=Distillation(run.high, run.teacher, run.affinity, run.clean_teacher, teacher),
         )
         result["seconds"] = trained.seconds
     if not run.full:
@@ -153,7 +163,7 @@ def carry_all(runs: Iterable[Run], data: Path, bases: dict[str, Path], kept: Pat
     found = {Run(**{**r["run"], "judged": tuple(r["run"]["judged"])}).key(): r for r in map(json.loads, lines)}
     todo = [run for run in dict.fromkeys(runs) if run.key() not in found]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, kept.open("a") as file:
-        futures = {pool.submit(carry_out, run, data, bases[run.base]): run for run in todo}
+        futures = {pool.submit(carry_out, run, data, bases): run for run in todo}
         for done, future in enumerate(as_completed(futures), 1):
             result = future.result()
             found[futures[future].key()] = result
@@ -236,6 +246,13 @@ def robust_rows(base: str, seeds: int) -> dict[tuple[str, str], list[Run]]:
     }
 
 
+def better_rows(base: str, teacher: str, seeds: int) -> dict[tuple[str, str], list[Run]]:
+    return {
+        (base, name): [Run(base, by=teacher, steps=600, seed=seed, **method) for seed in range(seeds)]  # type: ignore[arg-type]
+        for name, method in BETTER.items()
+    }
+
+
 def inference(bases: dict[str, Path], rounds: int) -> Section:
     """Parameters, operations and time of the merged network beside the base's."""
     section = Section(
@@ -274,6 +291,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Seeds of the table.", min=1)] = 3,
     sweep: Annotated[list[str] | None, typer.Option(help="Bases to sweep, else the first.")] = None,
     robust: Annotated[str | None, typer.Option(help="Base of the robust variant, else the first.")] = None,
+    better: Annotated[str | None, typer.Option(help="STUDENT=TEACHER, of the bases, else last=first.")] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
     runs: Annotated[Path, typer.Option(help="Where finished runs are kept.")] = Path("runs/dsclora/runs.jsonl"),
     out: Annotated[Path, typer.Option(help="Results as JSON, and beside it as Markdown.")] = RESULTS / "dsclora.json",
@@ -285,9 +303,11 @@ def main(
     paper = with_bases(paper_rows(bases, seeds))
     regimes = {name: with_bases(sweep_rows(name)) for name in sweep or [first]}
     robustness = with_bases(robust_rows(robust or first, seeds))
+    student, _, teacher = (better or f"{list(bases)[-1]}={first}").partition("=")
+    others = with_bases(better_rows(student, teacher, seeds))
     facts = {"date": now(), "machine": machine(), "versions": versions(["torch", "spandrel", "convlora"])}
     found = {}
-    for rows in (paper, robustness, *regimes.values()):
+    for rows in (paper, robustness, others, *regimes.values()):
         found |= carry_all((run for line in rows.values() for run in line), data, bases, runs, jobs)
     defaults = Run("")
     recipe = (
@@ -300,6 +320,8 @@ def main(
         inference(bases, rounds=15),
         table("Robust: degradation 'camera'", f"{recipe}Gain: mean over {seeds} seeds ± standard deviation.",
               robustness, found),
+        table(f"Another teacher: {teacher}", f"{recipe}Here 600 steps; {seeds} seeds.",
+              others, found),
         *(table(f"The regime: {name}", f"One seed; {recipe}One setting changed at a time.", rows, found)
           for name, rows in regimes.items()),
     ]  # fmt: skip
