@@ -10,6 +10,7 @@ Example:
 
 from convlora import distill as distill
 from convlora.adapter import Adapter as Adapter
+from convlora.allocate import allocate_ranks as allocate_ranks
 from convlora.config import AdapterConfig as AdapterConfig
 from convlora.errors import ConvLoRAError as ConvLoRAError
 from convlora.errors import ConvLoRAWarning as ConvLoRAWarning

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from convlora.config import AdapterConfig, is_number
-from convlora.conv import fuse, is_finite
+from convlora.conv import is_finite
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors import WeightSpec, get_factors
 
@@ -46,6 +45,8 @@ class Adapter:
         config: what was adapted and how big.
         layers: layer path -> `LayerFactors`.
         fingerprint: of the base weights that were adapted, if known.
+        errors: layer path -> what `resize`, `extract` or `refactor`, whichever made this adapter, left out of ΔW:
+            `‖ΔW - kept‖ / ‖ΔW‖` in the Frobenius norm. Empty for all other adapters; files do not hold it.
 
     Raises:
         ConvLoRAError: tensors are missing, unexpected, of other shapes than config and spec say, or non-finite.
@@ -62,6 +63,7 @@ class Adapter:
     config: AdapterConfig
     layers: Mapping[str, LayerFactors]
     fingerprint: str | None = None
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -165,12 +167,7 @@ class Adapter:
         if layer not in self.layers:
             known = ", ".join(repr(path) for path in self.layers)
             raise ConvLoRAError(f"Adapter.delta: no layer {layer!r}; the adapter has {known}")
-        return self._update(self.layers[layer], 1.0)
-
-    def _update(self, layer: LayerFactors, strength: float) -> Tensor:
-        wide = {name: _wide(t) for name, t in layer.tensors.items()}
-        delta = layer.spec.from_convolution(get_factors(self.config.factors).delta(wide, layer.spec))
-        return delta * (strength * self.config.scale(layer.rank, layer.alpha))
+        return update(self.config, self.layers[layer], 1.0)
 
     def apply_to(self, state_dict: Mapping[str, Any], strength: float = 1.0) -> dict[str, Any]:
         """A checkpoint with the adapter merged in: key order, dtypes and all other entries stay.
@@ -188,38 +185,122 @@ class Adapter:
             >>> list(merged)
             ['0.weight', '0.bias']
         """
-        if not isinstance(state_dict, Mapping):
-            raise ConvLoRAError(f"Adapter.apply_to: expected a state dict, got {type(state_dict).__name__}")
-        if not is_number(strength):
-            raise ConvLoRAError(f"Adapter.apply_to: strength (={strength!r}) must be a finite number")
-        problems = Problems()
-        merged: dict[str, Tensor] = {}
-        for path, layer in self.layers.items():
-            for kind in ("weight", "bias") if BIAS in layer.tensors else ("weight",):
-                name = key(path, kind)
-                shape = layer.spec.shape if kind == "weight" else (layer.spec.out_channels,)
-                base = state_dict.get(name)
-                if not isinstance(base, Tensor):
-                    problems.missing.append(name)
-                elif tuple(base.shape) != shape:
-                    problems.mismatched.append(f"{name} {tuple(base.shape)} instead of {shape}")
-                elif not base.is_floating_point() or base.element_size() < 2:
-                    problems.mismatched.append(f"{name} {base.dtype} instead of floating point of at least 16 bits")
-                elif not problems:
-                    bias = layer.tensors.get(BIAS)
-                    update = self._update(layer, strength) if kind == "weight" else _wide(bias) * strength  # type: ignore[arg-type]
-                    merged[name] = fuse(base.detach(), [update.to(base.device)])
-                    merged.update({key(alias, kind): merged[name] for alias in layer.aliases})
-                    if not is_finite(merged[name]):
-                        problems.non_finite.append(name)
-        problems.raise_if_any("Adapter.apply_to")
-        result = OrderedDict((name, merged.get(name, value)) for name, value in state_dict.items())
-        if hasattr(state_dict, "_metadata"):  # the versions of torch's modules
-            result._metadata = state_dict._metadata  # type: ignore[attr-defined]
-        return result
+        from convlora.checkpoint import apply
+
+        return apply(self, state_dict, strength)
+
+    # --- algebra: each gives a new adapter; the mathematics is in algebra.py and checkpoint.py
+
+    @staticmethod
+    def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+        """The weighted sum of adapters: `ΔW = Σ weight · ΔWᵢ` in every layer that any of them has.
+
+        Exact, but for one rounding of each factor; ranks add up, and the scale becomes 1. Layers, ranks, alphas and
+        `rank_scaling` may differ; bias deltas are summed, too. Name and the rest of the config are the first one's.
+
+        Raises:
+            ConvLoRAError: the factorizations differ, or one layer has weights of different shapes.
+
+        Example:
+            >>> import torch, convlora
+            >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+            >>> rain = snow = convlora.adapter(model)
+            >>> Adapter.combine([rain, snow], weights=[0.7, 0.3]).layers["0"].rank
+            4
+        """
+        from convlora import algebra
+
+        return algebra.combine(adapters, weights)
+
+    def resize(self, *, rank: int | None = None, energy: float | None = None) -> Adapter:
+        """The nearest adapter of lower rank in the Frobenius norm, layer by layer: a truncated SVD of each ΔW.
+
+        `rank`: at most this in every layer; a layer that has no more stays as it is, bitwise. `energy`: the fewest
+        components that keep this share of the squared singular values, in (0, 1]; 1 drops only what is superfluous.
+        For `"locon"` the matrix is ΔW as `(out, in·k²)`, so that no other adapter of this rank is nearer; for
+        `"convlora"` it is that of `B @ A`, `(out·k, in·k)`, cut after blocks of k singular values. The new adapter's
+        `errors` say what was lost per layer. Eckart and Young 1936, Psychometrika 1, 211.
+
+        Raises:
+            ConvLoRAError: not exactly one of the two is given, or it is out of range.
+
+        Example:
+            >>> import torch, convlora
+            >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+            >>> small = convlora.adapter(model).resize(rank=1)
+            >>> small.config.rank, small.errors  # B starts at zero: nothing is lost
+            (1, {'0': 0.0})
+        """
+        from convlora import algebra
+
+        return algebra.resize(self, rank, energy)
+
+    def refactor(self, factors: str, *, rank: int | None = None, energy: float | None = None) -> Adapter:
+        """The same update in another factorization, by default without loss but for rounding.
+
+        Without `rank` and `energy` a layer gets the rank that its update needs: at most k²·r from `"convlora"` of
+        rank r to `"locon"`. With either of them it gets the best factors of that size, as in `resize`; `errors` say
+        what was lost. Factors that mean the same in both, as for Linear and 1×1 layers, stay bitwise.
+
+        Raises:
+            ConvLoRAError: the factorization is unknown or has no method `fit`; rank or energy is out of range.
+
+        Example:
+            >>> import torch, convlora
+            >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=1)
+            >>> convlora.adapter(model).refactor("locon").config.factors
+            'locon'
+        """
+        from convlora import algebra
+
+        return algebra.refactor(self, factors, rank, energy)
+
+    @staticmethod
+    def extract(
+        base_state_dict: Mapping[str, Any],
+        tuned_state_dict: Mapping[str, Any],
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        factors: str = "convlora",
+        name: str = "default",
+        specs: Mapping[str, WeightSpec] | None = None,
+    ) -> Adapter:
+        """The adapter that turns one checkpoint into another, as nearly as its rank allows; no architecture needed.
+
+        Takes every floating `.weight` of two or more dimensions that differs, as `resize` does (`rank`, `energy`,
+        `errors`), and the difference of its `.bias` exactly. A bare checkpoint tells neither groups nor transposed
+        layers: a weight counts as one of groups=1 with its shape as stored, unless the length of its bias fits a
+        transposed layer alone. `apply_to` is right in any case; to `load` the adapter onto a model with grouped or
+        transposed layers, say which: `specs={"up": WeightSpec(shape, transposed=True)}`.
+        What differs and cannot be expressed (weights of norms, buffers) is named in a `ConvLoRAWarning`.
+
+        Raises:
+            ConvLoRAError: nothing differs that an adapter can express, a difference is not finite, or a spec has
+                another shape than its weight.
+
+        Example:
+            >>> import torch
+            >>> base = {"conv.weight": torch.zeros(8, 3, 3, 3)}
+            >>> tuned = {"conv.weight": torch.randn(8, 3, 3, 3)}
+            >>> adapter = Adapter.extract(base, tuned, energy=0.9)
+            >>> adapter.errors["conv"] ** 2 <= 0.1
+            True
+        """
+        from convlora.checkpoint import extract
+
+        return extract(base_state_dict, tuned_state_dict, rank, energy, factors, name, specs)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def update(config: AdapterConfig, layer: LayerFactors, strength: float) -> Tensor:
+    """ΔW of a layer with its scale and a strength, in the computation and the order of an adapted layer."""
+    factors = {name: wide(t) for name, t in layer.tensors.items()}
+    delta = layer.spec.from_convolution(get_factors(config.factors).delta(factors, layer.spec))
+    return delta * (strength * config.scale(layer.rank, layer.alpha))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """float32, or float64 as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 

@@ -8,7 +8,7 @@ dimensions, and the other memory order of transposed convolutions is dealt with 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from convlora.errors import ConvLoRAError
+from convlora.truncate import SVD, Choose, Fit, svd, svd_of_product, truncate
 
 Shape = tuple[int, ...]
 
@@ -64,6 +65,14 @@ class WeightSpec:
         grouped = delta.view(self.groups, out, inner, *self.kernel)
         return grouped.transpose(1, 2).reshape(self.shape)
 
+    def to_convolution(self, delta: Tensor) -> Tensor:
+        """An update in the order of the layer's weight in convolution order: the inverse of `from_convolution`."""
+        if not self.transposed:
+            return delta
+        out, inner = self.out_channels // self.groups, self.in_channels // self.groups
+        grouped = delta.reshape(self.groups, inner, out, *self.kernel)
+        return grouped.transpose(1, 2).reshape(self.out_channels, inner, *self.kernel)
+
 
 @runtime_checkable
 class Factorization(Protocol):
@@ -101,7 +110,7 @@ class Factorization(Protocol):
 
 
 class _TwoFactors:
-    """A starts random, B zero."""
+    """A starts random, B zero; ΔW is the matrix product `B @ A`, in an order of its own."""
 
     inits: tuple[str, ...] = ("default", "gaussian")
 
@@ -117,6 +126,24 @@ class _TwoFactors:
         b = factors["lora_B"]
         per_component = keep.repeat_interleave(b.shape[1] // keep.shape[0])
         return {**factors, "lora_B": b * per_component.view(1, -1, *[1] * (b.dim() - 2))}
+
+    def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([part[name] for part in parts], dim) for dim, name in enumerate(("lora_A", "lora_B"))}
+
+    def fit(self, delta: Tensor, spec: WeightSpec, choose: Choose) -> Fit:
+        rows = self.shapes(spec, 1)["lora_B"][0]
+        return self._fit(svd(delta.reshape(rows, -1)), spec, choose)
+
+    def shrink(self, factors: Mapping[str, Tensor], spec: WeightSpec, choose: Choose) -> Fit:
+        return self._fit(svd_of_product(factors["lora_B"].flatten(1), factors["lora_A"].flatten(1)), spec, choose)
+
+    def _fit(self, decomposed: SVD, spec: WeightSpec, choose: Choose) -> Fit:
+        left, right, rank, error = truncate(decomposed, self.shapes(spec, 1)["lora_A"][0], choose)
+        shapes = self.shapes(spec, rank)
+        return Fit({"lora_A": right.reshape(shapes["lora_A"]), "lora_B": left.reshape(shapes["lora_B"])}, rank, error)
+
+    def shapes(self, spec: WeightSpec, rank: int) -> dict[str, Shape]:
+        raise NotImplementedError
 
 
 class ConvLoRAFactors(_TwoFactors):

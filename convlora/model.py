@@ -134,7 +134,7 @@ def place(root: nn.Module, plan: Sequence[Placement], config: AdapterConfig) -> 
     """Carry out a checked plan: make all factors, then put them in and freeze the base."""
     made = []
     for p in plan:
-        _adapted_class(p)
+        check_adaptable(p.path, p.layer, "inject")
     with torch.inference_mode(False):  # factors are to be trained and switched outside it, too
         for p in plan:
             device = peek(p.layer, "weight").device
@@ -149,16 +149,15 @@ def place(root: nn.Module, plan: Sequence[Placement], config: AdapterConfig) -> 
         adapt(p.layer, config.name, low_rank)
 
 
-def _adapted_class(placement: Placement) -> None:
-    """Make the class that the layer is to get, before anything is changed: a class may refuse to be subclassed."""
-    layer = placement.layer
+def check_adaptable(path: str, layer: nn.Module, operation: str) -> None:
+    """Make the class that a layer is to get, before anything is changed: a class may refuse to be subclassed."""
     try:
         if not isinstance(layer, Adapted):
             adapted_class(type(layer))
     except Exception as error:
         kind = type(layer).__name__
         raise ConvLoRAError(
-            f"inject: '{placement.path}' cannot be adapted: {kind} cannot be subclassed ({error!r})"
+            f"{operation}: '{path}' cannot be adapted: {kind} cannot be subclassed ({error!r})"
         ) from error
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convlora.layer import peek, recording, slot_of
+from convlora.putback import put_back
 from convlora.switch import activate, disabled
 from convlora.walk import adapted_layers, slots, unwrap, with_adapters
 
@@ -156,7 +155,7 @@ def audit(model: nn.Module, *inputs: Any) -> Audit:
     read: dict[bool, set[int]] = {}
     overwritten: set[int] = set()
     every = {name: 1.0 for slot in slots(root) for name in slot.names()}
-    with torch.random.fork_rng(enabled=True), torch.no_grad(), _put_back(root), disabled(root):
+    with torch.random.fork_rng(enabled=True), torch.no_grad(), put_back(root), disabled(root):
         for training in (True, False):
             model.train(training)
             activate(root, [])  # adapters off: the layer hands out its own Parameter, so a write reaches it
@@ -179,45 +178,6 @@ def _mark(layer: nn.Module) -> tuple[int, int, int]:
     if weight is None:  # computed at every read; what it is computed from is no base weight
         return 0, 0, 0
     return id(weight), weight.data_ptr(), -1 if weight.is_inference() else weight._version
-
-
-@contextlib.contextmanager
-def _put_back(root: nn.Module) -> Iterator[None]:
-    """Restore mode, attributes, Parameters and buffers of all modules, their values included."""
-    modules = list(root.modules())
-    attributes = [dict(module.__dict__) for module in modules]
-    tables: list[tuple[dict[str, Any], ...]]
-    tables = [(dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
-    tensors = {
-        id(t): t
-        for parameters, buffers, _ in tables
-        for t in (*parameters.values(), *buffers.values())
-        if t is not None
-    }
-    values = {i: (t.data, t.detach().clone()) for i, t in tensors.items()}
-    try:
-        yield
-    finally:
-        for module, saved, saved_tables in zip(modules, attributes, tables, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(saved)
-            for name, table in zip(("_parameters", "_buffers", "_modules"), saved_tables, strict=True):
-                getattr(module, name).clear()
-                getattr(module, name).update(table)
-        for i, (data, value) in values.items():
-            tensor = tensors[i]
-            if tensor.layout == torch.strided and tensor.data_ptr() != data.data_ptr():
-                tensor.data = data
-            if not _same_bits(tensor, value):
-                tensor.data.copy_(value)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta or not a.numel():
-        return True
-    if a.layout != torch.strided:
-        return False
-    return torch.equal(*(t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b)))
 
 
 def _table(columns: list[str], rows: list[list[str]], right: int = 0) -> str:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
-import zlib
 from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from convlora.adapter import Adapter, LayerFactors, key
+from convlora.adapter import Adapter, LayerFactors
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors import WeightSpec
-from convlora.formats.native import as_bytes
+from convlora.formats.native import fingerprint as fingerprint_of
 from convlora.layer import Adapted, peek, slot_of, weight_spec, why_not
 from convlora.lowrank import LowRank
 from convlora.model import Placement, check_injectable, place
@@ -197,17 +195,10 @@ def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
 
 
 def fingerprint(layers: Mapping[str, nn.Module]) -> str | None:
-    """SHA-256 over name, dtype, shape and CRC-32 of each base weight; None while there are no values (meta device).
-
-    It tells bases apart, which needs no cryptography: CRC-32 takes a fraction of the time, and one changed element of
-    up to 32 bits always changes it.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(layers):
-        weight = peek(layers[path], "weight")
-        if weight.is_meta:
-            return None
-        whole = _on_cpu(weight, copy=False) if type(weight).__name__ == "DTensor" else weight
-        crc = zlib.crc32(as_bytes(whole))
-        digest.update(f"{key(path, 'weight')}|{whole.dtype}|{tuple(whole.shape)}|{crc}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
+    """Of the base weights of layers; see `formats.native.fingerprint`."""
+    weights = {path: peek(layer, "weight") for path, layer in layers.items()}
+    if any(weight.is_meta for weight in weights.values()):
+        return None
+    return fingerprint_of(
+        {p: _on_cpu(w, copy=False) if type(w).__name__ == "DTensor" else w for p, w in weights.items()}
+    )

@@ -1,0 +1,148 @@
+"""Between adapters and bare checkpoints: what is behind `Adapter.apply_to` and `Adapter.extract`."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convlora.adapter import BIAS, Adapter, LayerFactors, key, update, wide
+from convlora.algebra import algebraic, assemble, unit_alpha
+from convlora.config import AdapterConfig, is_number
+from convlora.conv import fuse, is_finite
+from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
+from convlora.factors import WeightSpec
+from convlora.formats.native import fingerprint
+from convlora.truncate import chooser
+
+OPERATION = "Adapter.extract"
+
+
+def apply(adapter: Adapter, state_dict: Mapping[str, Any], strength: float) -> dict[str, Any]:
+    """See `Adapter.apply_to`."""
+    if not isinstance(state_dict, Mapping):
+        raise ConvLoRAError(f"Adapter.apply_to: expected a state dict, got {type(state_dict).__name__}")
+    if not is_number(strength):
+        raise ConvLoRAError(f"Adapter.apply_to: strength (={strength!r}) must be a finite number")
+    problems = Problems()
+    merged: dict[str, Tensor] = {}
+    for path, layer in adapter.layers.items():
+        for kind in ("weight", "bias") if BIAS in layer.tensors else ("weight",):
+            name = key(path, kind)
+            shape = layer.spec.shape if kind == "weight" else (layer.spec.out_channels,)
+            base = state_dict.get(name)
+            if not isinstance(base, Tensor):
+                problems.missing.append(name)
+            elif tuple(base.shape) != shape:
+                problems.mismatched.append(f"{name} {tuple(base.shape)} instead of {shape}")
+            elif not base.is_floating_point() or base.element_size() < 2:
+                problems.mismatched.append(f"{name} {base.dtype} instead of floating point of at least 16 bits")
+            elif not problems:
+                weight = kind == "weight"
+                change = update(adapter.config, layer, strength) if weight else wide(layer.tensors[BIAS]) * strength
+                merged[name] = fuse(base.detach(), [change.to(base.device)])
+                merged.update({key(alias, kind): merged[name] for alias in layer.aliases})
+                if not is_finite(merged[name]):
+                    problems.non_finite.append(name)
+    problems.raise_if_any("Adapter.apply_to")
+    result = OrderedDict((name, merged.get(name, value)) for name, value in state_dict.items())
+    if hasattr(state_dict, "_metadata"):  # the versions of torch's modules
+        result._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    return result
+
+
+def extract(
+    base: Mapping[str, Any],
+    tuned: Mapping[str, Any],
+    rank: int | None,
+    energy: float | None,
+    factors: str,
+    name: str,
+    specs: Mapping[str, WeightSpec] | None,
+) -> Adapter:
+    """See `Adapter.extract`."""
+    choose = chooser(OPERATION, rank, energy)
+    factorization = algebraic(factors, "fit", OPERATION)
+    config = AdapterConfig(targets="*", factors=factors, name=name)
+    differing, left_out = _compare(base, tuned)
+    layers, errors = {}, {}
+    for path, spec in _layers(base, differing, specs or {}).items():
+        weight, bias = key(path, "weight"), key(path, "bias")
+        fit = factorization.fit(spec.to_convolution(_difference(base, tuned, weight)), spec, choose)
+        tensors = dict(fit.factors)
+        if bias in differing and tuple(base[bias].shape) == (spec.out_channels,):
+            tensors[BIAS] = _difference(base, tuned, bias)
+        dtype = torch.float64 if base[weight].dtype == tuned[weight].dtype == torch.float64 else torch.float32
+        tensors = {n: t.to("cpu", dtype) for n, t in tensors.items()}
+        layers[path] = LayerFactors(tensors, spec, fit.rank, unit_alpha(config, fit.rank))
+        errors[path] = fit.error
+        differing -= {weight, bias} if BIAS in tensors else {weight}
+    if not layers:
+        raise ConvLoRAError(f"{OPERATION}: no weight of two or more dimensions, nor its bias, differs")
+    if left_out or differing:
+        names = ", ".join(sorted({*left_out, *differing}))
+        warnings.warn(
+            f"{OPERATION}: these differ, and an adapter cannot express it: {names}", ConvLoRAWarning, stacklevel=3
+        )
+    return assemble(config, layers, fingerprint=fingerprint({p: base[key(p, "weight")] for p in layers}), errors=errors)
+
+
+def _compare(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """The tensors of one shape whose values differ, and all else that does."""
+    for state_dict in (base, tuned):
+        if not isinstance(state_dict, Mapping):
+            raise ConvLoRAError(f"{OPERATION}: expected two state dicts, got {type(state_dict).__name__}")
+    differing = set()
+    left_out = {name for name in set(base) ^ set(tuned) if isinstance(base.get(name, tuned.get(name)), Tensor)}
+    for name in set(base) & set(tuned):
+        one, other = base[name], tuned[name]
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            if one.is_meta or other.is_meta:
+                raise ConvLoRAError(f"{OPERATION}: '{name}' has no values yet (meta device)")
+            if one.shape != other.shape:
+                left_out.add(name)
+            elif not _same(one, other):
+                differing.add(name)
+    return differing, left_out
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.to(wide), other.to(one.device, wide))
+
+
+def _layers(base: Mapping[str, Any], differing: set[str], specs: Mapping[str, WeightSpec]) -> dict[str, WeightSpec]:
+    """Layer path -> its weight, for each layer whose weight or bias differs, in the order of the checkpoint."""
+    problems = Problems()
+    layers = {}
+    for name, weight in base.items():
+        path, _, last = name.rpartition(".")
+        if last != "weight" or not isinstance(weight, Tensor) or weight.dim() < 2 or not weight.is_floating_point():
+            continue
+        if name in differing or key(path, "bias") in differing:
+            layers[path] = specs.get(path) or _guess(tuple(weight.shape), base.get(key(path, "bias")))
+            if layers[path].shape != tuple(weight.shape):
+                problems.mismatched.append(f"{name} {tuple(weight.shape)} instead of {layers[path].shape}")
+    problems.missing += [key(path, "weight") for path in specs if not isinstance(base.get(key(path, "weight")), Tensor)]
+    problems.raise_if_any(OPERATION)
+    return layers
+
+
+def _guess(shape: tuple[int, ...], bias: Any) -> WeightSpec:
+    """groups=1, but for a bias that has the length of a transposed convolution's `(in, out/groups, *kernel)` alone."""
+    length = bias.numel() if isinstance(bias, Tensor) else shape[0]
+    groups, rest = divmod(length, shape[1])
+    if length == shape[0] or len(shape) < 3 or rest or not groups or shape[0] % groups:
+        return WeightSpec(shape)
+    return WeightSpec(shape, groups, transposed=True)
+
+
+def _difference(base: Mapping[str, Any], tuned: Mapping[str, Any], name: str) -> Tensor:
+    difference: Tensor = tuned[name].detach().double() - base[name].detach().to(tuned[name].device).double()
+    if not bool(difference.isfinite().all()):
+        raise ConvLoRAError(f"{OPERATION}: non-finite: {name}")
+    return difference
