@@ -96,6 +96,20 @@ def _padded(tensor: Tensor, size: int, dim: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
+def read_state(path: Path) -> State:
+    """The tensors of a `.safetensors` or `.pth` file.
+
+    Raises:
+        InputError: no such file, or a damaged one.
+    """
+    if not path.is_file():
+        raise InputError(f"base {path}: no such file")
+    try:
+        return ModelLoader().load_state_dict_from_file(path)
+    except Exception as error:
+        raise InputError(f"base {path}: cannot be read ({type(error).__name__}: {error})") from None
+
+
 def load_span(path: Path) -> tuple[SPAN, int]:
     """A SPAN of any width from a `.safetensors` or `.pth` file, collapsed, and its scale.
 
@@ -105,12 +119,7 @@ def load_span(path: Path) -> tuple[SPAN, int]:
     Raises:
         InputError: no such file, or not a SPAN.
     """
-    if not path.is_file():
-        raise InputError(f"base {path}: no such file")
-    try:
-        state = ModelLoader().load_state_dict_from_file(path)
-    except Exception as error:
-        raise InputError(f"base {path}: cannot be read ({type(error).__name__}: {error})") from None
+    state = read_state(path)
     try:
         if any(".sk." in key for key in state):
             descriptor = ModelLoader().load_from_state_dict(state)
@@ -167,6 +176,18 @@ def upscale(model: nn.Module, low: Image) -> Image:
     return to_image(predict(model, low))
 
 
+def bicubic_taps(scale: int) -> Tensor:
+    """`(scale², 3, 3)`: bicubic enlargement before a pixel shuffle, cut to the 3x3 neighbourhood."""
+    taps = torch.zeros(scale**2, 9)
+    for tap in range(9):
+        impulse = torch.zeros(9)
+        impulse[tap] = 1
+        field = F.pad(impulse.view(1, 1, 3, 3), (2, 2, 2, 2))
+        wide = F.interpolate(field, scale_factor=scale, mode="bicubic")[0, 0]
+        taps[:, tap] = wide[3 * scale : 4 * scale, 3 * scale : 4 * scale].reshape(-1)
+    return taps.view(-1, 3, 3)
+
+
 @torch.no_grad()
 def start_as_bicubic(model: SPAN, scale: int = 4) -> SPAN:
     """Set the first three channels of a collapsed SPAN so that the untrained network upscales.
@@ -178,18 +199,13 @@ def start_as_bicubic(model: SPAN, scale: int = 4) -> SPAN:
     for conv, passed in ((model.conv_1, 3), (model.conv_cat, 3), (upsampler, None)):
         conv.weight[:passed] = 0
         conv.bias[:passed] = 0
+    taps = bicubic_taps(scale)
     for colour in range(3):
         model.conv_1.weight[colour, colour, 1, 1] = 1
         model.conv_cat.weight[colour, colour] = 1
         outputs = slice(colour * scale**2, (colour + 1) * scale**2)
         upsampler.bias[outputs] = model.mean[0, colour]
-        for tap in range(9):
-            impulse = torch.zeros(9)
-            impulse[tap] = 1
-            field = F.pad(impulse.view(1, 1, 3, 3), (2, 2, 2, 2))
-            wide = F.interpolate(field, scale_factor=scale, mode="bicubic")[0, 0]
-            middle = wide[3 * scale : 4 * scale, 3 * scale : 4 * scale].reshape(-1)
-            upsampler.weight[outputs, colour, tap // 3, tap % 3] = middle / model.img_range
+        upsampler.weight[outputs, colour] = taps / model.img_range
     return model
 
 
