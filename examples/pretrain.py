@@ -57,10 +57,6 @@ class Recipe:
     patches: tuple[tuple[float, int], ...]
     remark: str = ""
 
-    def file(self, width: int) -> Path:
-        """The weights' name, unless told."""
-        return Path(f"{self.architecture.split()[0].lower()}_x4_c{width}.safetensors")
-
 
 RECIPES = {
     "span": Recipe(
@@ -71,10 +67,10 @@ RECIPES = {
         remark=f", input range {RANGE}",
     ),
     "swinir": Recipe(
-        "SwinIR x4, {} channels, depths (4, 4), 4 heads, windows 8x8, MLP ratio 2, pixelshuffledirect",
+        "SwinIR x4, {} channels, depths (4, 4), 2 heads, windows 8x8, MLP ratio 2, pixelshuffledirect",
         lambda width, low: balance_layers(start_swinir(swinir(width)), low),
-        width=32,
-        patches=((0.0, 24), (0.75, 48)),
+        width=36,
+        patches=((0.0, 24), (0.75, 32)),
     ),
     "rrdb": Recipe(
         "RRDBNet x4, {} channels, growth 32, 1 block of 3 dense ones",
@@ -127,7 +123,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Length of the training.")] = 39.0,
     peak: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 1e-3,
     batch: Annotated[int, typer.Option(help="Patches in a step.")] = 8,
-    channels: Annotated[int | None, typer.Option(help="Width, else 26 (SPAN), 32 (SwinIR) or 16 (RRDBNet).")] = None,
+    channels: Annotated[int | None, typer.Option(help="Width, else 26 (SPAN), 36 (SwinIR) or 16 (RRDBNet).")] = None,
     average: Annotated[float, typer.Option(help="Decay of the weight average.")] = 0.999,
     seed: Annotated[int, typer.Option(help="Seed of the weights and patches.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -137,7 +133,7 @@ def main(
     """Train a network x4 from random weights and write it as safetensors."""
     recipe = RECIPES[network]
     width = channels or recipe.width
-    out = out or recipe.file(width)
+    out = out or Path(f"{network}_x4_c{width}.safetensors")
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
