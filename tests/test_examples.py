@@ -575,8 +575,8 @@ def test_pretraining_runs_for_the_time_given(tmp_path: Path, capsys: pytest.Capt
         PilImage.fromarray(photo(288, 288, index)).save(tmp_path / f"{index}.png")
     out = tmp_path / "span.safetensors"
     pretrain.main(
-        tmp_path, test=tmp_path, out=out, exclude=["1"], minutes=0.02, peak=1e-3, batch=2, channels=8, average=0.9,
-        seed=0, threads=torch.get_num_threads(), every=1000, compiled=False,
+        tmp_path, test=tmp_path, network="span", out=out, exclude=["1"], minutes=0.02, peak=1e-3, batch=2, channels=8,
+        average=0.9, seed=0, threads=torch.get_num_threads(), every=1000, compiled=False,
     )  # fmt: skip
     torch.set_flush_denormal(False)
     facts = provenance(out)

@@ -76,7 +76,7 @@ def balance_layers(model: nn.Module, low: Tensor) -> nn.Module:
     """
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     for layer in layers[:-1]:
-        random = layer.weight.flatten(1).count_nonzero(1) > 9  # more than one kernel of 3x3
+        random = layer.weight.reshape(*layer.weight.shape[:2], -1).any(2).sum(1) > 1
         seen: list[Tensor] = []
         hook = layer.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output.clone()))
         model(low)
