@@ -5,8 +5,8 @@
 
 The SPAN of the other examples carries three adapters of some 45 kB, each trained for one degradation: `camera`, `night`
 and `jpeg`. `convlora.activate` says which of them act and how strongly; no weight is copied and none is lost. Without
-`--photo` a photograph is degraded in four ways, the last between `night` and `jpeg`, and the table shows what each
-adapter and each blend makes of it.
+`--photo` one photograph is degraded in four ways, the last between `night` and `jpeg`, and the table shows what each
+adapter and the blend make of it.
 """
 
 from __future__ import annotations
@@ -15,36 +15,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from matplotlib.figure import Figure
+from PIL import Image as PilImage
 from rich.console import Console
 from rich.table import Table
 from sr.data import Image, InputError, bundled_photos, crop_to_multiple, read_image
 from sr.degradations import DEGRADATIONS, Camera, enlarge
-from sr.metrics import psnr_y
-from sr.models import load_span, upscale
+from sr.metrics import quality
+from sr.models import upscale
+from sr.networks import NETWORKS, load_any
 from sr.report import one_line_errors
 from torch import nn
 
 import convlora
 
-WEIGHTS = Path(__file__).parent / "weights"
-BASE = WEIGHTS / "span_x4_c26.safetensors"
+BASE = NETWORKS["span"].weights
 NAMES = ("camera", "night", "jpeg")
-MIXED = Camera(noise=(10.0, 12.0), quality=(25, 30))  # between `night` and `jpeg`
+BETWEEN = Camera(width=(0.4, 1.0), noise=(8.0, 12.0), quality=(20, 40))  # `night` and `jpeg`
+INPUTS = {name: DEGRADATIONS[name] for name in NAMES} | {"between": BETWEEN}
 SEED = 10**9  # no training photo was degraded with it
+DRAWS = 4
 Strengths = Mapping[str, float]
 
 console = Console()
 
 
-def load_with_adapters(base: Path = BASE, folder: Path = WEIGHTS) -> tuple[nn.Module, int]:
+def load_with_adapters(base: Path = BASE) -> tuple[nn.Module, int]:
     """The network with all adapters on it, none of them acting, and its scale."""
-    model, scale = load_span(base)
+    model, scale = load_any(base)
     for name in NAMES:
-        convlora.load(model, folder / f"span_{name}.safetensors", name=name)
-    return convlora.activate(model, []).eval(), scale
+        convlora.load(model, BASE.with_name(f"span_{name}.safetensors"), name=name)
+    return convlora.activate(model, []), scale
 
 
 def label(strengths: Strengths) -> str:
@@ -68,45 +70,54 @@ def parse(texts: list[str]) -> dict[str, float]:
 @one_line_errors
 def main(
     photo: Annotated[Path | None, typer.Option(help="A small photo to enlarge, else one of dependencies.")] = None,
-    strength: Annotated[list[str] | None, typer.Option(help="NAME or NAME=NUMBER; may be repeated.")] = None,
+    strength: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME=NUMBER, may be repeated; else night=0.6 and jpeg=0.4.")
+    ] = None,
     base: Annotated[Path, typer.Option(help="The network that the adapters were trained on.")] = BASE,
     out: Annotated[Path, typer.Option(help="Folder for what the run writes.")] = Path("runs/blend"),
 ) -> None:
     """Enlarge a photo with adapters switched and blended."""
     model, scale = load_with_adapters(base)
     out.mkdir(parents=True, exist_ok=True)
-    chosen = parse(strength or ["night=0.5", "jpeg=0.5"])
-    blends: list[Strengths] = [{}, *({name: 1.0} for name in NAMES), chosen]
-    if photo is not None:
-        low = read_image(photo)
-        convlora.activate(model, chosen)
-        save_pictures(out / "blend.png", {label(chosen): upscale(model, low), "bicubic": enlarge(low, scale)})
-        console.print(f"wrote {out / 'blend.png'}: {photo.name} with {label(chosen)}")
-        return
+    chosen = parse(strength or ["night=0.6", "jpeg=0.4"])
+    convlora.activate(model, chosen)
+    if photo is None:
+        compare(model, scale, chosen, out / "blend.png")
+    else:
+        file = out / f"{photo.stem}_x{scale}.png"
+        PilImage.fromarray(upscale(model, read_image(photo))).save(file)
+        console.print(f"wrote {file}: {label(chosen)}")
 
+
+def compare(model: nn.Module, scale: int, chosen: Strengths, picture: Path) -> None:
+    """Print what each adapter and the blend make of each degradation of a photo, and draw the last of them."""
     high = crop_to_multiple(bundled_photos()[1][1].pixels, scale)
-    inputs = {name: DEGRADATIONS[name](high, SEED, scale) for name in NAMES} | {"mixed": MIXED(high, SEED, scale)}
-    table = Table(title="PSNR-Y (dB) of one photo", title_justify="left")
+    inputs = {name: [degrade(high, SEED + draw, scale) for draw in range(DRAWS)] for name, degrade in INPUTS.items()}
+    table = Table(title=f"PSNR-Y (dB) of one photo, mean of {DRAWS} draws of each degradation", title_justify="left")
     table.add_column("acting adapters")
     for name in inputs:
         table.add_column(f"input: {name}", justify="right")
-    table.add_row("bicubic", *(f"{psnr_y(enlarge(low, scale), high, scale):.2f}" for low in inputs.values()))
-    pictures = {"truth": high, "bicubic": enlarge(inputs["mixed"], scale)}
-    for strengths in blends:
+
+    def add_row(name: str, outputs: Mapping[str, list[Image]]) -> None:
+        reached = (quality(images, [high] * DRAWS, scale).psnr for images in outputs.values())
+        table.add_row(name, *(f"{psnr:.2f}" for psnr in reached))
+        pictures[name] = outputs["between"][0]
+
+    pictures: dict[str, Image] = {}
+    add_row("bicubic", {name: [enlarge(low, scale) for low in lows] for name, lows in inputs.items()})
+    for strengths in ({}, *({name: 1.0} for name in NAMES), chosen):
         convlora.activate(model, strengths)
-        outputs = {name: upscale(model, low) for name, low in inputs.items()}
-        table.add_row(label(strengths), *(f"{psnr_y(output, high, scale):.2f}" for output in outputs.values()))
-        pictures[label(strengths)] = outputs["mixed"]
+        add_row(label(strengths), {name: [upscale(model, low) for low in lows] for name, lows in inputs.items()})
     console.print(table)
-    save_pictures(out / "blend.png", pictures)
-    console.print(f"wrote {out / 'blend.png'}")
+    save_pictures(picture, pictures | {"ground truth": high})
+    console.print(f"wrote {picture}")
 
 
-def save_pictures(path: Path, pictures: Mapping[str, Image], side: int = 160) -> None:
-    """The middle of each picture side by side."""
-    figure = Figure(figsize=(2.1 * len(pictures), 2.4), layout="constrained")
-    for axes, (title, image) in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures.items(), strict=True):
-        top, left = ((length - min(side, length)) // 2 for length in image.shape[:2])
+def save_pictures(path: Path, pictures: Mapping[str, Image], side: int = 150) -> None:
+    """The middle of each picture, side by side."""
+    figure = Figure(figsize=(2 * len(pictures), 2.3), layout="constrained")
+    for axes, (title, image) in zip(figure.subplots(1, len(pictures)), pictures.items(), strict=True):
+        top, left = ((length - side) // 2 for length in image.shape[:2])
         axes.imshow(image[top : top + side, left : left + side], interpolation="nearest")
         axes.set_title(title, fontsize=8)
         axes.set_xticks([])
@@ -115,5 +126,4 @@ def save_pictures(path: Path, pictures: Mapping[str, Image], side: int = 160) ->
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     typer.run(main)

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from PIL import Image as PilImage
 from safetensors.torch import load_file, save_file
 from spandrel import ModelLoader
 from spandrel.architectures.SPAN.__arch.span import SPAN, Conv3XC
-from sr import distillation
+from sr import degradations, distillation
 from sr.data import (
     InputError,
     Pair,
@@ -45,7 +47,7 @@ from sr.data import (
     to_image,
     to_tensor,
 )
-from sr.degradations import DEGRADATIONS, blur, clean, enlarge, gaussian_kernel
+from sr.degradations import DEGRADATIONS, clean, enlarge
 from sr.metrics import psnr_y, quality, ssim_y
 from sr.models import (
     balance,
@@ -59,6 +61,7 @@ from sr.models import (
     start_as_bicubic,
     upscale,
 )
+from sr.operations import blur, gaussian_kernel, gaussian_noise, shot_noise, sinc_kernel
 from sr.report import strongest_change
 from sr.training import Schedule
 from typer.testing import CliRunner
@@ -176,7 +179,11 @@ def test_bundled_photos_are_disjoint_colour_photographs() -> None:
         assert min(p.pixels.shape[:2]) >= 300
 
 
-@pytest.mark.parametrize("name", ["camera", "night"])
+def test_every_degradation_can_be_chosen_by_name() -> None:
+    assert set(get_args(degradations.Name)) == set(DEGRADATIONS)
+
+
+@pytest.mark.parametrize("name", ["camera", "night", "jpeg", "real"])
 def test_degradation_depends_on_the_seed_alone(name: str) -> None:
     high, degrade = photo(96, 128), DEGRADATIONS[name]
     first = degrade(high, 3, 4)
@@ -185,6 +192,67 @@ def test_degradation_depends_on_the_seed_alone(name: str) -> None:
     assert np.array_equal(first, degrade(high, 3, 4))
     assert not np.array_equal(first, degrade(high, 4, 4))
     assert first.shape == (24, 32, 3)
+    assert first.dtype == np.uint8
+    assert degrade(high, 3, 2).shape == (48, 64, 3)
+
+
+def test_jpeg_is_the_clean_low_resolution_at_a_quality_of_its_range() -> None:
+    high, qualities = photo(64, 64), set()
+    candidates = {}
+    for quality_of_file in range(1, 96):
+        buffer = io.BytesIO()
+        PilImage.fromarray(clean(high)).save(buffer, "JPEG", quality=quality_of_file, subsampling=2)
+        candidates.setdefault(np.asarray(PilImage.open(buffer)).tobytes(), quality_of_file)
+    for seed in range(200):
+        qualities.add(candidates[DEGRADATIONS["jpeg"](high, seed, 4).tobytes()])
+    assert (min(qualities), max(qualities)) == (10, 40)
+
+
+def test_real_keeps_a_flat_photo_at_its_grey_and_harms_more_variously_than_camera() -> None:
+    flat, high = np.full((96, 96, 3), 120, dtype=np.uint8), photo(96, 96)
+    assert all(abs(DEGRADATIONS["real"](flat, seed, 4).mean() - 120) < 6 for seed in range(8))
+    errors = {
+        name: [psnr_y(enlarge(DEGRADATIONS[name](high, seed, 4)), high) for seed in range(8)]
+        for name in ("real", "camera")
+    }
+    assert np.std(errors["real"]) > 1.5 * np.std(errors["camera"])
+    assert min(errors["real"]) < min(errors["camera"])
+
+
+def test_resizing_factors_fall_in_their_ranges_as_often_as_stated() -> None:
+    rng, first = np.random.default_rng(0), degradations.Real().first
+    factors = np.array([first.draw_factor(rng) for _ in range(4000)])
+    assert (factors.min(), factors.max()) == pytest.approx((0.15, 1.5), abs=0.01)
+    assert ((factors > 1).mean(), (factors == 1).mean()) == pytest.approx((0.2, 0.1), abs=0.02)
+
+
+def test_noise_has_the_stated_strength() -> None:
+    flat, rng = torch.full((1, 3, 100, 100), 0.25), np.random.default_rng(0)
+    normal = (gaussian_noise(flat, 20.0, rng) - flat) * 255
+    shot = (shot_noise(flat, 2.0, rng) - flat) * 255
+    assert float(normal.std()) == pytest.approx(20, rel=0.02)
+    assert float(shot.std()) == pytest.approx(2 * np.sqrt(0.25 * 255), rel=0.02)
+    for noise in (gaussian_noise, shot_noise):
+        grey = noise(flat, 3.0, rng, grey=True) - flat
+        assert torch.equal(grey[:, 0], grey[:, 1])
+        assert not torch.equal(*(noise(flat, 3.0, rng) - flat)[0, :2])
+
+
+def test_sinc_passes_waves_below_its_cutoff_and_stops_those_above() -> None:
+    kernel = sinc_kernel(np.pi / 2, size=41)
+    response = np.abs(np.fft.fft2(kernel, (400, 400)))[0]  # along x, 400 samples to 2π
+    assert kernel.sum() == pytest.approx(1)
+    assert response[:80] == pytest.approx(1, abs=0.15)
+    assert response[120:200].max() < 0.15
+
+
+def test_generalised_gaussian_is_flatter_with_more_power() -> None:
+    pointed, usual, flat = (gaussian_kernel(2, 2, 0, power=power) for power in (0.5, 1.0, 4.0))
+    assert np.array_equal(usual, gaussian_kernel(2, 2, 0))
+    middle = [kernel[10, 11] / kernel[10, 10] for kernel in (pointed, usual, flat)]
+    assert middle == sorted(middle)
+    edges = [kernel[10, 16] / kernel[10, 10] for kernel in (pointed, usual, flat)]
+    assert edges == sorted(edges, reverse=True)
 
 
 def test_night_is_worse_than_camera_is_worse_than_clean() -> None:
