@@ -18,12 +18,6 @@ app = make_app(
     RRDB,
     Options(base=RRDB.weights, targets=[*RRDB.targets], patch=32, out=Path("runs/rrdb")),
     gain=0.3,
-    text="""Adapt an RRDBNet super-resolution network to degraded photos with ConvLoRA.
-
-    Without options it takes the weights in examples/weights and photographs that come with
-    scikit-image and scikit-learn, and three minutes on two CPU cores. It writes the adapter, the
-    merged network for spandrel (chaiNNer, ComfyUI), a picture, a training curve and results.json.
-    """,
 )
 
 if __name__ == "__main__":

@@ -20,12 +20,6 @@ app = make_app(
     SPAN,
     Options(base=SPAN.weights, targets=[*SPAN.targets], out=Path("runs/span")),
     gain=0.3,
-    text="""Adapt a SPAN super-resolution network to degraded photos with ConvLoRA.
-
-    Without options it takes the weights in examples/weights and photographs that come with
-    scikit-image and scikit-learn, and two minutes on two CPU cores. It writes the adapter, the
-    merged network for spandrel (chaiNNer, ComfyUI), a picture, a training curve and results.json.
-    """,
 )
 
 if __name__ == "__main__":
