@@ -93,10 +93,10 @@ def compare(model: nn.Module, scale: int, chosen: Strengths, picture: Path) -> N
     """Print what each adapter and the blend make of each degradation of a photo, and draw the last of them."""
     high = crop_to_multiple(bundled_photos()[1][1].pixels, scale)
     inputs = {name: [degrade(high, SEED + draw, scale) for draw in range(DRAWS)] for name, degrade in INPUTS.items()}
-    table = Table(title=f"PSNR-Y (dB) of one photo, mean of {DRAWS} draws of each degradation", title_justify="left")
-    table.add_column("acting adapters")
+    table = Table(title=f"PSNR-Y (dB) of one photo by what it suffered, mean of {DRAWS} draws", title_justify="left")
+    table.add_column("acting adapters", no_wrap=True)
     for name in inputs:
-        table.add_column(f"input: {name}", justify="right")
+        table.add_column(name, justify="right")
 
     def add_row(name: str, outputs: Mapping[str, list[Image]]) -> None:
         reached = (quality(images, [high] * DRAWS, scale).psnr for images in outputs.values())
