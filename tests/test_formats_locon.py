@@ -151,6 +151,7 @@ def test_every_sort_of_layer_gives_its_output_in_lycoris_and_comes_back_bitwise(
         assert all(torch.equal(again.delta(path), adapter.delta(path)) for path in adapter.layers)
 
 
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 @pytest.mark.parametrize("network", ["RCAN", "SwinIR"])
 def test_adapters_of_real_networks_give_their_output_in_lycoris(network: str, tmp_path: Path, lycoris: Any) -> None:
     base, inputs = zoo.build(network)

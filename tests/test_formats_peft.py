@@ -200,11 +200,13 @@ def test_every_sort_of_layer_gives_its_output_in_peft_and_comes_back_bitwise(
     assert all(torch.equal(again.delta(path), adapter.delta(path)) for path in adapter.layers)
 
 
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 @pytest.mark.parametrize("network", ["RCAN", "SwinIR"])
 def test_adapters_of_real_networks_give_their_output_in_peft(network: str, tmp_path: Path, peft: Any) -> None:
     base, inputs = zoo.build(network)
     base.eval()
-    adapter = nets.adapter(base, targets=zoo.adaptable, factors="convlora", rank=1)
+    stock = lambda name, module: zoo.adaptable(name, module) and type(module) in (nn.Conv2d, nn.Linear)  # noqa: E731
+    adapter = nets.adapter(base, targets=stock, factors="convlora", rank=1)  # PEFT cannot adapt RCAN's MeanShift
     formats.write(adapter, tmp_path, "peft")
     with torch.no_grad():
         [expected] = zoo.run(convlora.load(copy.deepcopy(base), adapter), inputs)
