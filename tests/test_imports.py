@@ -19,8 +19,9 @@ LEVELS = [  # each file imports from lines above its own
     ["lowrank", "adapter"],
     ["slot"],
     ["layer", "formats.native"],
-    ["algebra", "targets", "walk"],
-    ["checkpoint"],
+    ["algebra", "formats.tensors", "targets", "walk"],
+    ["formats.locon", "formats.loralib", "formats.peft", "specs"],
+    ["checkpoint", "formats"],  # its __init__
     ["bake", "switch"],
     ["distill.affinity", "distill.taps"],
     ["distill.losses"],
