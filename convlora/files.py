@@ -156,10 +156,12 @@ def _unpickled(raw: bytes, path: Path) -> Mapping[str, Any]:
             warnings.simplefilter("ignore")  # of old storages: nothing that a user could change
             content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise anything
-        raise ConvLoRAError(
-            f"read: '{path}' cannot be read without running code of its own ({_reason(error)}); "
-            "save the model's state_dict() alone"
-        ) from None
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            raise ConvLoRAError(
+                f"read: '{path}' holds more than tensors and plain data, which could run code ({_reason(error)}); "
+                "save the model's state_dict() alone"
+            ) from None
+        raise ConvLoRAError(f"read: '{path}' cannot be read as a file of torch.save ({_reason(error)})") from None
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise ConvLoRAError(f"read: '{path}' holds a {type(content).__name__}, not a state dict")
     return content
@@ -223,10 +225,10 @@ def _replaced(content: Mapping[str, Any], where: tuple[str, ...], values: Mappin
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says, in one line: of the unpickler's advice, the cause alone."""
+    """The first sentence of an error; of the unpickler's advice, the cause."""
     text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return first or type(error).__name__
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return first.partition(". ")[0]
 
 
 def _warn(message: str) -> None:

@@ -33,9 +33,11 @@ class Commands(TyperGroup):
 
 
 def _say(kind: str, message: str, command: str) -> None:
-    """One line, in which the library's call is the command that made it."""
-    named = re.sub(r"^Adapter(\.\w+)?: ", f"{command}: ", " ".join(message.split()))
-    typer.echo(f"{kind}: {named}", err=True)
+    """One line, in the words of the command line: `Adapter.resize: …rank=` is `resize: …--rank`."""
+    text = re.sub(r"^Adapter(\.\w+)?: ", f"{command}: ", " ".join(message.split()))
+    text = re.sub(r"\blayers= of the base\b|\blayers=(?=\W)", "--base", text)
+    text = re.sub(r"\b(rank|energy|alpha)=(?=[ ,;)]|$)", r"--\1", text)
+    typer.echo(f"{kind}: {text}", err=True)
 
 
 def emit(report: Mapping[str, Any], text: str, as_json: bool) -> None:

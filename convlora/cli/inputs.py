@@ -25,8 +25,13 @@ def read_adapter(
 ) -> Adapter:
     """An adapter of any format; of the base come the layers that a foreign file does not describe."""
     format = formats.detect(path)
-    layers = layers_of(base.state) if base is not None and format != "convlora" else None
-    return formats.read(path, format, layers=layers, rank=rank, alpha=alpha, name=name)
+    layers = layers_of(base.state) if base is not None and format in ("locon", "loralib") else None
+    try:
+        return formats.read(path, format, layers=layers, rank=rank, alpha=alpha, name=name)
+    except ConvLoRAError as error:
+        if format == "loralib" and rank is None and alpha is None:
+            raise ConvLoRAError(f"{error}; `convlora convert` takes --alpha, --rank and --base") from None
+        raise
 
 
 def read_base(path: Path | None) -> Checkpoint | None:

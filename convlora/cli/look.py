@@ -131,9 +131,9 @@ def layers(
 ) -> None:
     """Show the layers that patterns select.
 
-    With spandrel installed, of the network that it recognises in the checkpoint: with module classes and groups, and
-    under the names that `convlora.inject` sees. Otherwise of the bare weights, each as of an ungrouped layer. Without a
-    pattern, all layers that can be adapted.
+    Without a pattern, all that can be adapted. With spandrel installed, of the network that it recognises in the
+    checkpoint: with module classes and groups, and under the names that `convlora.inject` sees. Otherwise of the bare
+    weights, each as of an ungrouped layer.
 
     \b
     Examples:
@@ -174,7 +174,7 @@ def layers(
         [path, kind or "–", _show(every[path]), str(every[path].groups), f"{math.prod(every[path].shape):,}"]
         for path, kind in kinds.items()
     ]
-    of = f"a {known.name}" if known else "the bare checkpoint, groups unknown"
+    of = known.name if known else "the bare checkpoint, groups unknown"
     foot = f"{len(kinds)} of {len(every)} layers of {of}; {report['weights']:,} weights"
     text = table(["layer", "type", "weight", "groups", "weights"], rows, right=2)
     emit(report, f"{text}\n{foot}", as_json)

@@ -48,9 +48,9 @@ def merge(
 ) -> None:
     """Merge adapters into a checkpoint.
 
-    The result is for every program that loads the base. Works on the bare weights, no network needed; key order, dtypes, nesting, metadata and all other weights stay. Where
-    a file holds `params_ema` and `params`, the former is adapted. A base other than the one that was adapted gives a
-    warning: for a fine-tuned base that is meant.
+    The result is for every program that loads the base. Works on the bare weights, no network needed; key order,
+    dtypes, nesting, metadata and all other weights stay. Where a file holds `params_ema` and `params`, the former is
+    adapted. A base other than the one that was adapted gives a warning: for a fine-tuned base that is meant.
 
     \b
     Examples:
@@ -101,8 +101,9 @@ def extract(
 ) -> None:
     """Make an adapter of two checkpoints.
 
-    It turns one into the other, as nearly as its rank allows. The error of a layer is what the rank leaves out, relative to the whole difference in the Frobenius norm. Layers
-    have the names of the checkpoint; groups come from spandrel where it is installed and knows the network.
+    It turns one into the other, as nearly as its rank allows. The error of a layer is what the rank leaves out,
+    relative to the whole difference in the Frobenius norm. Layers have the names of the checkpoint; groups come from
+    spandrel where it is installed and knows the network.
 
     \b
     Example:
@@ -214,9 +215,10 @@ def convert(
 ) -> None:
     """Write an adapter in another format.
 
-    Or in another factorization or dtype. The update stays the same but for rounding. peft: a folder that PEFT's `PeftModel.from_pretrained` loads. locon: one file, as kohya and LyCORIS write it.
-    loralib: a state dict of microsoft/LoRA. From `convlora` factors to the first two, a k×k layer of rank r needs up to
-    k²·r ranks; `resize` lowers them.
+    Or in another factorization or dtype. The update stays the same but for rounding. peft: a folder that PEFT's
+    `PeftModel.from_pretrained` loads. locon: one file, as kohya and LyCORIS write it. loralib: a state dict of
+    microsoft/LoRA. From `convlora` factors to the first two, a k×k layer of rank r needs up to k²·r ranks; `resize`
+    lowers them.
 
     \b
     Examples:
