@@ -9,6 +9,7 @@ Example:
 """
 
 from convlora import distill as distill
+from convlora import formats as formats
 from convlora.adapter import Adapter as Adapter
 from convlora.allocate import allocate_ranks as allocate_ranks
 from convlora.config import AdapterConfig as AdapterConfig

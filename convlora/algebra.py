@@ -236,6 +236,14 @@ def unit_alpha(config: AdapterConfig, rank: int) -> float:
     return float(rank) if config.rank_scaling == "linear" else math.sqrt(rank)
 
 
+def linear_scaling(adapter: Adapter) -> dict[str, LayerFactors]:
+    """The layers with alphas for which the scale is `alpha / rank`, whatever the adapter's `rank_scaling`."""
+    if adapter.config.rank_scaling == "linear":
+        return dict(adapter.layers)
+    scale = adapter.config.scale
+    return {p: replace(layer, alpha=scale(layer.rank, layer.alpha) * layer.rank) for p, layer in adapter.layers.items()}
+
+
 def _dtype(*layers: LayerFactors) -> torch.dtype:
     wide = any(tensor.dtype == torch.float64 for layer in layers for tensor in layer.tensors.values())
     return torch.float64 if wide else torch.float32

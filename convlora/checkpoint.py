@@ -18,6 +18,7 @@ from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors import WeightSpec
 from convlora.formats.native import fingerprint
 from convlora.progress import steps
+from convlora.specs import guess, is_weight
 from convlora.truncate import chooser
 
 OPERATION = "Adapter.extract"
@@ -100,7 +101,7 @@ def extract(
     config = AdapterConfig(targets="*", factors=factors, name=name)
     differing, left_out = _compare(base, tuned)
     layers, errors = {}, {}
-    for path, spec in steps(_layers(base, differing, specs or {}).items()):
+    for path, spec in steps(_layers(base, tuned, differing, specs or {}).items()):
         weight, bias = key(path, "weight"), key(path, "bias")
         fit = factorization.fit(spec.to_convolution(_difference(base, tuned, weight)), spec, choose)
         tensors = dict(fit.factors)
@@ -145,30 +146,24 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.to(wide), other.to(one.device, wide))
 
 
-def _layers(base: Mapping[str, Any], differing: set[str], specs: Mapping[str, WeightSpec]) -> dict[str, WeightSpec]:
+def _layers(
+    base: Mapping[str, Any], tuned: Mapping[str, Any], differing: set[str], specs: Mapping[str, WeightSpec]
+) -> dict[str, WeightSpec]:
     """Layer path -> its weight, for each layer whose weight or bias differs, in the order of the checkpoint."""
     problems = Problems()
     layers = {}
     for name, weight in base.items():
-        path, _, last = name.rpartition(".")
-        if last != "weight" or not isinstance(weight, Tensor) or weight.dim() < 2 or not weight.is_floating_point():
+        path, _, last = str(name).rpartition(".")
+        if last != "weight" or not is_weight(weight) or not is_weight(tuned.get(name)):
             continue
-        if name in differing or key(path, "bias") in differing:
-            layers[path] = specs.get(path) or _guess(tuple(weight.shape), base.get(key(path, "bias")))
+        comparable = weight.shape == tuned[name].shape
+        if name in differing or (comparable and key(path, "bias") in differing):
+            layers[path] = specs.get(path) or guess(tuple(weight.shape), base.get(key(path, "bias")))
             if layers[path].shape != tuple(weight.shape):
                 problems.mismatched.append(f"{name} {tuple(weight.shape)} instead of {layers[path].shape}")
     problems.missing += [key(path, "weight") for path in specs if not isinstance(base.get(key(path, "weight")), Tensor)]
     problems.raise_if_any(OPERATION)
     return layers
-
-
-def _guess(shape: tuple[int, ...], bias: Any) -> WeightSpec:
-    """groups=1, but for a bias that has the length of a transposed convolution's `(in, out/groups, *kernel)` alone."""
-    length = bias.numel() if isinstance(bias, Tensor) else shape[0]
-    groups, rest = divmod(length, shape[1])
-    if length == shape[0] or len(shape) < 3 or rest or not groups or shape[0] % groups:
-        return WeightSpec(shape)
-    return WeightSpec(shape, groups, transposed=True)
 
 
 def _difference(base: Mapping[str, Any], tuned: Mapping[str, Any], name: str) -> Tensor:

@@ -11,6 +11,7 @@ from convlora.adapter import key
 from convlora.errors import ConvLoRAError
 from convlora.factors import WeightSpec
 from convlora.layer import weight_spec, why_not
+from convlora.walk import unwrap
 
 
 def specs_of(model: nn.Module) -> dict[str, WeightSpec]:
@@ -20,9 +21,8 @@ def specs_of(model: nn.Module) -> dict[str, WeightSpec]:
         >>> specs_of(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU()))
         {'0': WeightSpec(shape=(8, 2, 3, 3), groups=2, transposed=False)}
     """
-    if not isinstance(model, nn.Module):
-        raise ConvLoRAError(f"specs_of: expected an nn.Module, got {type(model).__name__}")
-    return {path: weight_spec(layer) for path, layer in model.named_modules() if why_not(layer) is None}
+    named = unwrap(model, "specs_of").named_modules()
+    return {path: weight_spec(layer) for path, layer in named if why_not(layer) is None}
 
 
 def specs_from_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, WeightSpec]:
@@ -39,9 +39,20 @@ def specs_from_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, WeightSpec
     specs = {}
     for name, weight in state_dict.items():
         path, _, last = str(name).rpartition(".")
-        if last == "weight" and isinstance(weight, Tensor) and weight.dim() > 1 and weight.is_floating_point():
+        if last == "weight" and is_weight(weight):
             specs[path] = guess(tuple(weight.shape), state_dict.get(key(path, "bias")))
     return specs
+
+
+def is_weight(value: Any) -> bool:
+    """Whether an entry of a checkpoint named `weight` can be that of a convolution or Linear.
+
+    Example:
+        >>> import torch
+        >>> is_weight(torch.zeros(8, 4, 3, 3)), is_weight(torch.zeros(8)), is_weight(None)
+        (True, False, False)
+    """
+    return isinstance(value, Tensor) and value.dim() > 1 and value.is_floating_point() and value.numel() > 0
 
 
 def guess(shape: tuple[int, ...], bias: Any) -> WeightSpec:

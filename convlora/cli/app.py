@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 import convlora
-from convlora.cli import look, make
 from convlora.cli.console import Commands
+from convlora.cli.look import diff, info, layers, verify
+from convlora.cli.make import combine, convert, extract, merge, resize
 
 app = typer.Typer(
     name="convlora",
@@ -39,9 +40,7 @@ def _about(
     """
 
 
-for command in (
-    look.info, make.merge, make.extract, make.resize, make.combine, make.convert, look.diff, look.layers, look.verify,
-):  # fmt: skip
+for command in (info, merge, extract, resize, combine, convert, diff, layers, verify):
     app.command()(command)
 
 

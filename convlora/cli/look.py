@@ -13,10 +13,10 @@ from convlora import formats
 from convlora.adapter import BIAS, Adapter, LayerFactors
 from convlora.algebra import dense
 from convlora.checkpoint import apply
-from convlora.cli import options
 from convlora.cli.architecture import recognise
 from convlora.cli.console import emit, progress
 from convlora.cli.inputs import OTHER_BASE, place, read_adapter, read_base, same_base, size
+from convlora.cli.options import BaseOption, File, Json
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.factors import WeightSpec
@@ -27,7 +27,7 @@ from convlora.table import table
 from convlora.targets import nearest, per_layer, select
 
 
-def info(file: options.File, base: options.BaseOption = None, as_json: options.Json = False) -> None:
+def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
     """Show what is in an adapter.
 
     Config, layers, ranks, sizes, the Frobenius norm of each ΔW, and the fingerprint of the base. Reading checks the
@@ -76,8 +76,8 @@ def info(file: options.File, base: options.BaseOption = None, as_json: options.J
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="Adapter of any format.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Adapter of any format, also another.")],
-    base: options.BaseOption = None,
-    as_json: options.Json = False,
+    base: BaseOption = None,
+    as_json: Json = False,
 ) -> None:
     """Compare what two adapters do, layer by layer.
 
@@ -127,7 +127,7 @@ def layers(
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="What PATTERN must not select; repeatable.")
     ] = None,
-    as_json: options.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Show the layers that patterns select.
 
@@ -181,15 +181,16 @@ def layers(
 
 
 def verify(
-    file: options.File,
+    file: File,
     base: Annotated[
         Path | None, typer.Option("--base", metavar="CHECKPOINT", help="Also check that it fits, and was adapted.")
     ] = None,
-    as_json: options.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Check that an adapter is sound and fits.
 
-    Checksum and finite values; with --base also that it fits the checkpoint and that this base was adapted. Exit code 1 if anything is wrong, with the report on stdout all the same.
+    Checksum and finite values; with --base also that it fits the checkpoint and that this base was adapted. Exit code 1
+    if anything is wrong, with the report on stdout all the same.
 
     \b
     Example:

@@ -13,7 +13,6 @@ import typer
 from convlora import formats
 from convlora.adapter import Adapter
 from convlora.checkpoint import apply
-from convlora.cli import options
 from convlora.cli.architecture import layers_of
 from convlora.cli.console import emit, progress
 from convlora.cli.inputs import (
@@ -27,6 +26,7 @@ from convlora.cli.inputs import (
     same_base,
     size,
 )
+from convlora.cli.options import Adapters, Base, BaseOption, Energy, File, Force, Form, Json, Name, Out, Rank
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.files import SAFETENSORS, SUFFIXES, Checkpoint
 from convlora.table import table
@@ -36,15 +36,15 @@ NEEDED = {"peft": "locon", "locon": "locon", "loralib": "convlora"}  # the facto
 
 
 def merge(
-    base: options.Base,
-    adapters: options.Adapters,
-    out: options.Out,
+    base: Base,
+    adapters: Adapters,
+    out: Out,
     strength: Annotated[
         list[float] | None,
         typer.Option("--strength", "-s", metavar="X", help="Of each adapter in turn, or one for all. Default: 1."),
     ] = None,
-    force: options.Force = False,
-    as_json: options.Json = False,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Merge adapters into a checkpoint.
 
@@ -89,15 +89,15 @@ def merge(
 
 
 def extract(
-    base: options.Base,
+    base: Base,
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="Checkpoint of the same network, fine-tuned.")],
-    out: options.Out,
-    rank: options.Rank = None,
-    energy: options.Energy = None,
-    factors: Annotated[options.Form, typer.Option("--factors", help="Factorization.")] = "convlora",
-    name: options.Name = None,
-    force: options.Force = False,
-    as_json: options.Json = False,
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+    factors: Annotated[Form, typer.Option("--factors", help="Factorization.")] = "convlora",
+    name: Name = None,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Make an adapter of two checkpoints.
 
@@ -127,13 +127,13 @@ def extract(
 
 
 def resize(
-    file: options.File,
-    out: options.Out,
-    rank: options.Rank = None,
-    energy: options.Energy = None,
-    base: options.BaseOption = None,
-    force: options.Force = False,
-    as_json: options.Json = False,
+    file: File,
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+    base: BaseOption = None,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Make the nearest adapter of lower rank.
 
@@ -153,19 +153,17 @@ def resize(
 
 
 def combine(
-    adapters: options.Adapters,
-    out: options.Out,
+    adapters: Adapters,
+    out: Out,
     weight: Annotated[
         list[float] | None,
         typer.Option("--weight", "-w", metavar="X", help="Of each adapter in turn, or one for all. Default: 1."),
     ] = None,
-    factors: Annotated[
-        options.Form | None, typer.Option("--factors", help="Bring all to this factorization first.")
-    ] = None,
-    name: options.Name = None,
-    base: options.BaseOption = None,
-    force: options.Force = False,
-    as_json: options.Json = False,
+    factors: Annotated[Form | None, typer.Option("--factors", help="Bring all to this factorization first.")] = None,
+    name: Name = None,
+    base: BaseOption = None,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Make one adapter of several.
 
@@ -191,11 +189,11 @@ def combine(
 
 
 def convert(
-    file: options.File,
-    out: options.Out,
+    file: File,
+    out: Out,
     to: Annotated[Literal["convlora", "peft", "locon", "loralib"], typer.Option("--to", help="Format of OUT.")],
     factors: Annotated[
-        options.Form | None,
+        Form | None,
         typer.Option("--factors", help="Other factorization, for --to convlora; the other formats hold one each."),
     ] = None,
     dtype: Annotated[
@@ -204,14 +202,14 @@ def convert(
     prefix: Annotated[
         str | None, typer.Option("--prefix", metavar="TEXT", help="Of the keys in OUT; default: the format's own.")
     ] = None,
-    name: options.Name = None,
+    name: Name = None,
     rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="Of a loralib FILE, which has none.")] = None,
     alpha: Annotated[
         float | None, typer.Option("--alpha", metavar="X", help="`lora_alpha` of a loralib FILE or OUT.")
     ] = None,
-    base: options.BaseOption = None,
-    force: options.Force = False,
-    as_json: options.Json = False,
+    base: BaseOption = None,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Write an adapter in another format.
 
@@ -238,7 +236,7 @@ def convert(
     errors = adapter.errors
     if dtype is not None:
         adapter = adapter.to(getattr(torch, dtype))
-    formats.write(adapter, out, to, prefix=prefix, alpha=alpha if to == "loralib" else None, overwrite=force)
+    formats.write(adapter, out, to, prefix=prefix, alpha=None if reading == "loralib" else alpha, overwrite=force)
     _report(adapter, errors, out, to, as_json)
 
 
@@ -269,7 +267,7 @@ def _report(adapter: Adapter, errors: Mapping[str, float], out: Path, format: st
 
 
 def _suffixes(format: str) -> Sequence[str]:
-    return SUFFIXES if format == "loralib" else [SAFETENSORS]
+    return [SAFETENSORS] if format == "convlora" else SUFFIXES
 
 
 def _warn(message: str) -> None:
