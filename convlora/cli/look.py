@@ -138,7 +138,7 @@ def layers(
     \b
     Examples:
       convlora layers RealESRGAN_x4plus.pth
-      convlora layers RealESRGAN_x4plus.pth "*.conv[1-4].0" --exclude "model.0"
+      convlora layers RealESRGAN_x4plus.pth "*.conv[12].0" --exclude "*.RDB3.*"
     """
     state = Checkpoint.read(checkpoint).state
     known = recognise(state)
