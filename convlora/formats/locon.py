@@ -22,7 +22,7 @@ from torch import Tensor
 
 from convlora.adapter import BIAS, Adapter, LayerFactors
 from convlora.algebra import assemble, linear_scaling
-from convlora.config import AdapterConfig
+from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors import WeightSpec
 from convlora.formats.native import describe, described
@@ -117,9 +117,12 @@ def _fold(name: str, mid: Tensor, down: Tensor) -> Tensor:
 
 
 def _alpha(name: str, alpha: Tensor | None, rank: int) -> float:
-    if alpha is not None and alpha.numel() != 1:
-        raise ConvLoRAError(f"'{name}.{_ALPHA}' has shape {tuple(alpha.shape)} instead of one number")
-    return float(alpha) or float(rank) if alpha is not None else float(rank)
+    if alpha is None:
+        return float(rank)
+    value = float(alpha) if alpha.numel() == 1 else None
+    if not is_number(value):
+        raise ConvLoRAError(f"'{name}.{_ALPHA}' is {alpha.tolist()} instead of one finite number")
+    return value or float(rank)
 
 
 # --- names and paths ---------------------------------------------------------------------------------------------

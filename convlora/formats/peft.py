@@ -74,16 +74,17 @@ def read(path: str | os.PathLike[str]) -> Adapter:
     problems = Problems()
     layers = {}
     for layer, own in tensors.items():
-        rank = _first_match(ranks, layer, settings.get("r", 8))
-        alpha = _first_match(alphas, layer, settings.get("lora_alpha", 8))
+        stated = _values(ranks, layer, settings.get("r", 8))
+        alpha = _values(alphas, layer, settings.get("lora_alpha", 8))[0]
         missing = [f"{layer}.{name}" for name in ("lora_A", "lora_B") if name not in own]
         problems.missing += missing
         if missing:
             continue
-        if type(rank) is not int or rank < 1 or not is_number(alpha):
-            raise ConvLoRAError(f"{CONFIG}: '{layer}' has r={rank!r}, lora_alpha={alpha!r}")
-        if own["lora_A"].shape[:1] != (rank,):
-            problems.mismatched.append(f"{layer}.lora_A {tuple(own['lora_A'].shape)}, {CONFIG} has r={rank}")
+        rank = own["lora_A"].shape[0] if own["lora_A"].dim() else 0
+        if not all(type(r) is int and r > 0 for r in stated) or not is_number(alpha):
+            raise ConvLoRAError(f"{CONFIG}: '{layer}' has r={stated[0]!r}, lora_alpha={alpha!r}")
+        if rank not in stated:  # saving sorts the patterns, so the first that matches need not be that of training
+            problems.mismatched.append(f"{layer}.lora_A {tuple(own['lora_A'].shape)}, {CONFIG} has r={stated[0]}")
             continue
         layers[layer] = _layer(layer, own, rank, alpha, config.scale(rank, alpha))
     problems.raise_if_any("PEFT")
@@ -147,18 +148,19 @@ def _patterns(settings: Mapping[str, Any], field: str) -> dict[str, Any]:
     return patterns
 
 
-def _first_match(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
-    """The value of the first pattern that matches a layer, as PEFT's `get_pattern_key` finds it."""
+def _values(patterns: Mapping[str, Any], layer: str, default: Any) -> list[Any]:
+    """The values of the patterns that match a layer, as PEFT's `get_pattern_key` matches them; else the default."""
+    values = []
     for pattern, value in patterns.items():
         # Python cannot stop a search, and these can take for ever.
         if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
             raise ConvLoRAError(f"{CONFIG}: pattern {pattern!r} repeats too much to be searched safely")
         try:
             if re.match(rf"(.*\.)?({pattern})$", layer):
-                return value
+                values.append(value)
         except (re.error, OverflowError, RecursionError) as error:
             raise ConvLoRAError(f"{CONFIG}: {pattern!r} is no regular expression ({error})") from None
-    return default
+    return values or [default]
 
 
 def _layer(path: str, own: Mapping[str, Tensor], rank: int, alpha: float, scale: float) -> LayerFactors:
@@ -167,7 +169,7 @@ def _layer(path: str, own: Mapping[str, Tensor], rank: int, alpha: float, scale:
         raise ConvLoRAError(f"'{path}' has factors {tuple(a.shape)} and {tuple(b.shape)}")
     if a.dim() > 2 and b.shape[1] < rank and rank % b.shape[1] == 0:
         raise ConvLoRAError(
-            f"'{path}' is a grouped convolution: PEFT's A sees all channels there, so its update does not fit the weight"
+            f"'{path}' is a grouped convolution: PEFT's A sees all channels there, so its update is of another shape"
         )
     tensors = {"lora_A": a, "lora_B": b}
     if a[0, 0].numel() == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -30,7 +31,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     """
     with _readable(path):
         if _is_safetensors(path):
-            return from_bytes(Path(path).read_bytes()), header(path)[1]
+            found = from_bytes(Path(path).read_bytes())  # in random order
+            return {name: found[name] for name in sorted(found, key=_natural)}, header(path)[1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about old files
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -75,6 +77,11 @@ def _is_safetensors(path: str | os.PathLike[str]) -> bool:
     """By the first bytes: the length of a JSON header, then the header."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{" or Path(path).suffix == ".safetensors"
+
+
+def _natural(name: str) -> str:
+    """Sorts `body.2` before `body.10`."""
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(6), name)
 
 
 def _is_plain(value: object) -> bool:
