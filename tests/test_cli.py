@@ -226,7 +226,7 @@ MERGE_ERRORS = {  # arguments -> how the error begins; % is .safetensors
     "span% rain% -o gone/out.pth": "merge: 'gone/out.pth' cannot be written; there is no folder 'gone'",
     "span% rain% -o snow%": "merge: 'snow%' exists; --force overwrites it",
     "span% rain% -o peft.pth": "merge: 'peft.pth' exists; --force overwrites it",
-    "RealESRGAN_x4plus.pth rain% -o peft.pth --force": "write: 'peft.pth' cannot be written (it is a folder or a device)",
+    "RealESRGAN_x4plus.pth rain% -o peft.pth --force": "write: 'peft.pth' cannot be written (it is a folder",
     "span% rain% -o span% --force": "merge: 'span%' is an input",
     "span% rain% -o ./rain% --force": "merge: 'rain%' is an input",
     "span% rain% -o out.pth -s 1 -s 2": "merge: 2 times --strength for 1 adapters",
@@ -604,6 +604,7 @@ def test_wrong_usage_exits_2_without_boxes() -> None:
 
 def shell(*args: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE) -> Any:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "FORCE_COLOR": "1"}
+    environment["PYTHONIOENCODING"] = "ascii"  # the poorest of locales
     command = [sys.executable, "-m", "convlora", *args]
     return subprocess.run(command, env=environment, stdout=stdout, stderr=stderr, check=False)
 
