@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,22 +17,53 @@ from convlora.conv import fuse, is_finite
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors import WeightSpec
 from convlora.formats.native import fingerprint
+from convlora.progress import steps
 from convlora.specs import guess, is_weight
 from convlora.truncate import chooser
 
 OPERATION = "Adapter.extract"
 
 
-def apply(adapter: Adapter, state_dict: Mapping[str, Any], strength: float) -> dict[str, Any]:
-    """See `Adapter.apply_to`."""
+def apply(strengths: Sequence[tuple[Adapter, float]], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """See `Adapter.apply_to`; of several adapters the updates are summed before the one rounding, as in a model."""
     if not isinstance(state_dict, Mapping):
         raise ConvLoRAError(f"Adapter.apply_to: expected a state dict, got {type(state_dict).__name__}")
-    if not is_number(strength):
-        raise ConvLoRAError(f"Adapter.apply_to: strength (={strength!r}) must be a finite number")
+    copies = {  # a module of several paths is one layer
+        key(alias, kind): key(path, kind)
+        for adapter, _ in strengths
+        for path, layer in adapter.layers.items()
+        for kind in _kinds(layer)
+        for alias in layer.aliases
+    }
+    changes: dict[str, dict[int, tuple[Adapter, LayerFactors, float]]] = {}
+    for number, (adapter, strength) in enumerate(strengths):
+        if not is_number(strength):
+            raise ConvLoRAError(f"Adapter.apply_to: strength (={strength!r}) must be a finite number")
+        misfits(adapter, state_dict).raise_if_any("Adapter.apply_to")
+        for path, layer in adapter.layers.items():
+            for kind in _kinds(layer):
+                name = copies.get(key(path, kind), key(path, kind))
+                changes.setdefault(name, {}).setdefault(number, (adapter, layer, strength))
     problems = Problems()
     merged: dict[str, Tensor] = {}
+    for name, parts in steps(changes.items()):
+        base = state_dict[name]
+        merged[name] = fuse(base.detach(), (_change(name, *part).to(base.device) for part in parts.values()))
+        if not is_finite(merged[name]):
+            problems.non_finite.append(name)
+    problems.raise_if_any("Adapter.apply_to")
+    merged.update({alias: merged[name] for alias, name in copies.items()})
+    result = OrderedDict((name, merged.get(name, value)) for name, value in state_dict.items())
+    if hasattr(state_dict, "_metadata"):  # the versions of torch's modules
+        result._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    return result
+
+
+def misfits(adapter: Adapter, state_dict: Mapping[str, Any]) -> Problems:
+    """What a state dict lacks for an adapter, and what it has in another shape or dtype."""
+    problems = Problems()
     for path, layer in adapter.layers.items():
-        for kind in ("weight", "bias") if BIAS in layer.tensors else ("weight",):
+        for kind in _kinds(layer):
             name = key(path, kind)
             shape = layer.spec.shape if kind == "weight" else (layer.spec.out_channels,)
             base = state_dict.get(name)
@@ -42,18 +73,17 @@ def apply(adapter: Adapter, state_dict: Mapping[str, Any], strength: float) -> d
                 problems.mismatched.append(f"{name} {tuple(base.shape)} instead of {shape}")
             elif not base.is_floating_point() or base.element_size() < 2:
                 problems.mismatched.append(f"{name} {base.dtype} instead of floating point of at least 16 bits")
-            elif not problems:
-                weight = kind == "weight"
-                change = update(adapter.config, layer, strength) if weight else wide(layer.tensors[BIAS]) * strength
-                merged[name] = fuse(base.detach(), [change.to(base.device)])
-                merged.update({key(alias, kind): merged[name] for alias in layer.aliases})
-                if not is_finite(merged[name]):
-                    problems.non_finite.append(name)
-    problems.raise_if_any("Adapter.apply_to")
-    result = OrderedDict((name, merged.get(name, value)) for name, value in state_dict.items())
-    if hasattr(state_dict, "_metadata"):  # the versions of torch's modules
-        result._metadata = state_dict._metadata  # type: ignore[attr-defined]
-    return result
+    return problems
+
+
+def _kinds(layer: LayerFactors) -> tuple[str, ...]:
+    return ("weight", "bias") if BIAS in layer.tensors else ("weight",)
+
+
+def _change(name: str, adapter: Adapter, layer: LayerFactors, strength: float) -> Tensor:
+    if name.endswith("weight"):
+        return update(adapter.config, layer, strength)
+    return wide(layer.tensors[BIAS]) * strength
 
 
 def extract(
@@ -71,7 +101,7 @@ def extract(
     config = AdapterConfig(targets="*", factors=factors, name=name)
     differing, left_out = _compare(base, tuned)
     layers, errors = {}, {}
-    for path, spec in _layers(base, tuned, differing, specs or {}).items():
+    for path, spec in steps(_layers(base, tuned, differing, specs or {}).items()):
         weight, bias = key(path, "weight"), key(path, "bias")
         fit = factorization.fit(spec.to_convolution(_difference(base, tuned, weight)), spec, choose)
         tensors = dict(fit.factors)
