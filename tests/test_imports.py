@@ -14,7 +14,7 @@ import convlora
 PACKAGE = Path(convlora.__file__).parent
 LEVELS = [  # each file imports from lines above its own
     ["errors"],
-    ["truncate"],
+    ["sharded", "truncate"],
     ["config", "factors", "conv"],
     ["lowrank", "adapter"],
     ["slot"],
