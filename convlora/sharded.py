@@ -44,7 +44,7 @@ def reshard(root: nn.Module, operation: str) -> None:
     managed = (module for module in root.modules() if not roots and is_managed(module))
     if any(not is_sharded(p) for module in managed for p in module.parameters(recurse=False)):
         raise ConvLoRAError(
-            f"{operation}: FSDP holds the parameters; give the whole model, as fully_shard (FSDP2) got it"
+            f"{operation}: FSDP holds the parameters; give the whole model that fully_shard (FSDP2) got"
         )
 
 
