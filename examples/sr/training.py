@@ -144,16 +144,15 @@ def train(
     progress = schedule.progress(len(losses), elapsed)
     due = math.floor(progress * MEASUREMENTS) + 1
     while progress < 1:
-        batches = [
-            (low.to(accelerator.device), high.to(accelerator.device)) for low, high in islice(stream, accumulate)
-        ]
+        batches = list(islice(stream, accumulate))
         start = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate * schedule.factor(len(losses), progress)
         model.train()
         optimizer.zero_grad()
         loss = torch.zeros((), device=accelerator.device)
-        for number, (low, high) in enumerate(batches, start=1):
+        for number, batch in enumerate(batches, start=1):
+            low, high = (tensor.to(accelerator.device) for tensor in batch)
             with accelerator.no_sync(model) if number < accumulate else contextlib.nullcontext():
                 part = loss_of(low, high) / accumulate
                 accelerator.backward(part)
