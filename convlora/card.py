@@ -123,9 +123,9 @@ def _facts(adapter: Adapter, file: Path, base: str | None) -> dict[str, str]:
 
 
 def _use(file: str, repo_id: str | None) -> str:
-    source = (
-        json.dumps(file) if repo_id is None else f"convlora.hub.pull({json.dumps(repo_id)}, file={json.dumps(file)})"
-    )
+    source = json.dumps(file)
+    if repo_id is not None:
+        source = f"convlora.hub.pull({json.dumps(repo_id)}, file={source})"
     return (
         "## Use\n\n```python\nimport convlora\n\n"
         f"convlora.load(model, {source})  # model: the base, with its weights\n"

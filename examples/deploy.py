@@ -3,18 +3,19 @@
     python examples/deploy.py
 
 A small SPAN learns a little from degraded photos (or takes `--adapter`). Then the base, the adapted network as it
-trained (live) and the merged one go through `torch.export`, ONNX and `torch.jit.trace`, and each file is loaded and run,
-the ONNX one by onnxruntime, on a photo of another size than it was exported with. The merged ones must equal the live
+trained (live) and the merged one go through `torch.export`, ONNX and `torch.jit.trace`. Each file is loaded and run, the
+ONNX one by onnxruntime, on a photo of another size than it was exported with. The merged ones must equal the live
 network and have the base's graph: the same operators in the same order, and as many parameters. The script exits with 1
 if they do not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,13 +98,13 @@ def _any_size(dynamic: bool) -> Any:
     return ({2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)},) if dynamic else None
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801, a context manager
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Without what PyTorch's ONNX exporter says about itself."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        yield
 
 
 @one_line_errors

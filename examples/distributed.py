@@ -1,10 +1,11 @@
 """Adapt the small SPAN in several processes: DDP or FSDP2, with gradient accumulation, an average, and checkpoints.
 
-    accelerate launch --num_processes 2 --cpu examples/distributed.py
-    accelerate launch --num_processes 2 --cpu examples/distributed.py --resume --steps 400
+    torchrun --nproc_per_node 2 examples/distributed.py
+    torchrun --nproc_per_node 2 examples/distributed.py --resume --steps 400
 
-Each process reads patches of its own; a step follows the mean of all gradients. `torchrun --nproc_per_node 2` starts it
-as well, plain `python` in one process. The loop, and what a checkpoint holds, is in examples/sr/training.py.
+Each process reads patches of its own; a step follows the mean of all gradients. `accelerate launch` starts it on GPUs as
+well (for CPUs it would need MPI), plain `python` in one process. The loop, and what a checkpoint holds, is in
+examples/sr/training.py.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main(
     torch.manual_seed(seed)  # the same adapter to begin with in every process
     accelerator = make_accelerator("auto")
     if fsdp and accelerator.num_processes == 1:
-        raise InputError("--fsdp: one process only; start it by accelerate launch --num_processes 2")
+        raise InputError("--fsdp: one process only; start it by torchrun --nproc_per_node 2")
     console = Console(quiet=not accelerator.is_main_process)
     out.mkdir(parents=True, exist_ok=True)
 

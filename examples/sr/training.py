@@ -86,7 +86,8 @@ def make_accelerator(device: str) -> Accelerator:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda: no CUDA device is available; use --device cpu or auto")
-    return Accelerator(cpu=device == "cpu")
+    # Without a GPU several processes find each other only if accelerate is told so.
+    return Accelerator(cpu=device == "cpu" or not torch.accelerator.is_available())
 
 
 def absolute_error(model: nn.Module) -> Loss:
