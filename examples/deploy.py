@@ -3,8 +3,8 @@
     python examples/deploy.py
 
 A small SPAN learns a little from degraded photos (or takes `--adapter`). Then the base, the adapted network as it
-trained (live) and the merged one go through `torch.export`, ONNX and `torch.jit.trace`. Each file is loaded and run, the
-ONNX one by onnxruntime, on a photo of another size than it was exported with. The merged ones must equal the live
+trained (live) and the merged one go through `torch.export`, ONNX and `torch.jit.trace`. Each file is loaded and run,
+the ONNX one by onnxruntime, on a photo of another size than it was exported with. The merged ones must equal the live
 network and have the base's graph: the same operators in the same order, and as many parameters. The script exits with 1
 if they do not.
 """

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 examples/distributed.py
     torchrun --nproc_per_node 2 examples/distributed.py --resume --steps 400
 
-Each process reads patches of its own; a step follows the mean of all gradients. `accelerate launch` starts it on GPUs as
-well (for CPUs it would need MPI), plain `python` in one process. The loop, and what a checkpoint holds, is in
+Each process reads patches of its own; a step follows the mean of all gradients. `accelerate launch` starts it on GPUs,
+too (for CPUs it needs MPI), plain `python` in one process. The loop, and what a checkpoint holds, is in
 examples/sr/training.py.
 """
 
