@@ -26,11 +26,11 @@ class FakeHub:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.failure: Exception | None = None
 
-    def HfApi(self, token: str | None = None) -> FakeHub:  # noqa: N802
+    def HfApi(self, token: str | None = None) -> FakeHub:
         self.calls.append(("HfApi", {"token": token}))
         return self
 
-    def CommitOperationAdd(self, path_in_repo: str, path_or_fileobj: str) -> tuple[str, str]:  # noqa: N802
+    def CommitOperationAdd(self, path_in_repo: str, path_or_fileobj: str) -> tuple[str, str]:
         return path_in_repo, path_or_fileobj
 
     def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> None:
@@ -76,9 +76,10 @@ def test_what_is_pushed_is_what_is_pulled(fake: FakeHub, file: Path) -> None:
     ]
     model, expected, x = net().eval(), net().eval(), torch.rand(NET_INPUT)
     expected.load_state_dict(model.state_dict())
-    with pytest.warns(convlora.ConvLoRAWarning, match="another base"):
-        convlora.load(model, hub.pull("me/rain", file="rain.safetensors", revision="v1"))
-        convlora.load(expected, file)
+    pulled = hub.pull("me/rain", file="rain.safetensors", revision="v1")
+    for network, source in ((model, pulled), (expected, file)):
+        with pytest.warns(convlora.ConvLoRAWarning, match="another base"):
+            convlora.load(network, source)
     assert torch.equal(model(x), expected(x))
     assert fake.calls[-1] == ("download", {"revision": "v1", "token": None})
 
