@@ -52,7 +52,7 @@ def write(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = convlora.save(model, f"{folder}/rain.safetensors")
         ...     card = write(f"{folder}/rain.safetensors", data="photos of rain", figures={"PSNR-Y (dB)": 28.3})
-        ...     print(card.read_text().splitlines()[8])
+        ...     print(card.read_text().splitlines()[7])
         # rain
     """
     words = {"title": title, "base": base, "data": data, "licence": licence, "repo_id": repo_id}
@@ -114,7 +114,7 @@ def _facts(adapter: Adapter, file: Path, base: str | None) -> dict[str, str]:
         "factorization": f"`{config.factors}`",
         "targets": ", ".join(_code(str(target)) for target in config.targets),  # type: ignore[union-attr]
         "layers": f"{len(adapter.layers)}",
-        "rank": ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items())),
+        "rank": ", ".join(f"{rank} ({count} of {len(adapter.layers)} layers)" for rank, count in sorted(ranks.items())),
         "parameters": f"{sum(tensor.numel() for tensor in tensors):,}",
         "file": f"{_code(file.name)}, {len(content):,} bytes, {', '.join(dtypes)}",
         "SHA-256 of the file": f"`{hashlib.sha256(content).hexdigest()}`",

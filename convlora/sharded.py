@@ -24,7 +24,7 @@ def is_sharded(tensor: Any) -> bool:
 
 def is_managed(module: nn.Module) -> bool:
     """Whether FSDP, of either version, gathers and scatters the parameters of a module, now whole or not."""
-    return bool(getattr(module, "_is_fsdp_managed_module", False))
+    return bool(module.__dict__.get("_is_fsdp_managed_module"))
 
 
 def is_shard_root(kind: type) -> bool:

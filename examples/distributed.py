@@ -57,7 +57,8 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
 
     # 1. Photos, the network, and an adapter: always before the model is wrapped or sharded.
-    training, judging = bundled_photos() if photos is None else (read_folder(photos), read_folder(held_out or photos))
+    training = read_folder(photos) if photos else bundled_photos()[0]
+    judging = read_folder(held_out) if held_out else bundled_photos()[1]
     camera = DEGRADATIONS["camera"]
     model, scale = load_span(WEIGHTS)
     pairs = degraded_pairs(prepare(training, scale, least=patch * scale), camera, scale=scale, draws=4, seed=0)

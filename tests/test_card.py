@@ -37,7 +37,7 @@ def test_it_says_what_the_file_holds(file: Path) -> None:
         "| factorization | `convlora` |",
         "| targets | `0`, `3`, `4`, `6` |",
         "| layers | 4 |",
-        "| rank | 1 (1 layers), 2 (3 layers) |",
+        "| rank | 1 (1 of 4 layers), 2 (3 of 4 layers) |",
         f"| parameters | {sum(t.numel() for f in adapter.layers.values() for t in f.tensors.values()):,} |",
         f"| file | `rain.safetensors`, {file.stat().st_size:,} bytes, float16 |",
         hashlib.sha256(file.read_bytes()).hexdigest(),

@@ -220,7 +220,8 @@ def test_distributed_py_as_a_user_starts_it(tmp_path: Path, options: list[str]) 
         PilImage.fromarray(rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(tmp_path / f"photos/{name}.png")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     command += ["--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1", str(ROOT / "examples/distributed.py")]
-    command += ["--photos", str(tmp_path / "photos"), "--patch", "16", "--batch", "2", "--steps", "2", *options]
+    folders = ["--photos", str(tmp_path / "photos"), "--held-out", str(tmp_path / "photos")]
+    command += [*folders, "--patch", "16", "--batch", "2", "--steps", "2", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
     result = subprocess.run(
         [*command, "--out", str(tmp_path / "out")],
