@@ -80,9 +80,9 @@ def by_onnx(model: nn.Module, x: Tensor, path: Path, dynamic: bool = False) -> E
 
 def by_trace(model: nn.Module, x: Tensor, path: Path, dynamic: bool = False) -> Exported:
     """Through `torch.jit.trace`, which fits any size as far as the network's code asks for none."""
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         torch.jit.trace(model, (x,)).save(path)
-    traced = torch.jit.load(path)
+        traced = torch.jit.load(path)
     operators = [node.kind() for node in traced.inlined_graph.nodes() if node.kind().startswith("aten::")]
     return Exported(traced, operators, sum(p.numel() for p in traced.parameters()), path.stat().st_size)
 
@@ -100,9 +100,10 @@ def _any_size(dynamic: bool) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what PyTorch's ONNX exporter says about itself."""
+    """Without what PyTorch's exporters say about themselves."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        for category in (DeprecationWarning, FutureWarning, torch.jit.TracerWarning):
+            warnings.simplefilter("ignore", category)
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         yield
 

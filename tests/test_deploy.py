@@ -28,13 +28,7 @@ from sr.models import span
 
 import convlora
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning"),
-    # Of PyTorch's and onnxscript's own code, on this PyTorch.
-    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:(torch|onnx|onnxscript|copyreg)"),
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
 Made = Callable[[], tuple[nn.Module, Tensor]]
 
 

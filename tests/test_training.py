@@ -124,7 +124,8 @@ def test_the_average_is_what_is_measured_and_what_stays() -> None:
     for step, value in enumerate(values[1:]):
         decay = min(0.2, (1 + step) / (10 + step))
         expected = {name: decay * tensor + (1 - decay) * value[name] for name, tensor in expected.items()}
-        assert trained.measured[step + 1][1] == pytest.approx(sum(t.sum().item() for t in expected.values()), rel=1e-4)
+        total = sum(t.sum().item() for t in expected.values())
+        assert trained.measured[step + 1][1] == pytest.approx(total, rel=1e-4, abs=1e-4)
     for name, tensor in whole(averaged).items():
         torch.testing.assert_close(tensor, expected[name])
     assert not same(plain, averaged)

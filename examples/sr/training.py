@@ -135,7 +135,7 @@ def train(
 
     def look() -> None:
         with mean.in_place():
-            measured.append((len(losses), measure()))
+            measured.append((len(losses), float(measure())))
 
     if checkpoint is not None and checkpoint.resume:
         losses, measured, elapsed = run.read(checkpoint.path)
