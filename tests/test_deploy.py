@@ -28,7 +28,10 @@ from sr.models import span
 
 import convlora
 
-pytestmark = pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning"),
+    pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning"),  # third-party networks call it the old way
+]
 Made = Callable[[], tuple[nn.Module, Tensor]]
 
 

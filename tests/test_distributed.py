@@ -20,6 +20,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import convlora
 from convlora.formats import native
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning"),
+    pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning"),  # third-party networks call it the old way
+]
 NETS = ("net", "SwinIR")
 SHARDINGS = ("whole", "layers")  # fully_shard on the model alone, or on its layers first
 STEPS = 4

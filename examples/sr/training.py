@@ -259,7 +259,8 @@ class Run:
             "losses": losses, "measured": measured, "elapsed": elapsed, "reads": self.reads,
         }  # fmt: skip
         with self.mean.in_place():
-            state["average"] = dcp.get_model_state_dict(self.model, options=trained) if self.mean.values else {}
+            average = dcp.get_model_state_dict(self.model, options=trained) if self.mean.values else {}
+            state["average"] = {name: tensor.clone() for name, tensor in average.items()}  # out of reach of the swap
         if self.accelerator.is_main_process:
             beside = path.with_name(path.name + ".part")
             with beside.open("wb") as file:
