@@ -12,7 +12,7 @@ from convlora.layer import peek, recording, slot_of
 from convlora.putback import put_back
 from convlora.switch import activate, disabled
 from convlora.table import table
-from convlora.walk import adapted_layers, slots, unwrap, with_adapters
+from convlora.walk import adapted_layers, refuse_sharded, slots, unwrap, with_adapters
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def audit(model: nn.Module, *inputs: Any) -> Audit:
     by the model itself, as `eval_conv` of SPAN's re-parameterised convolutions is at every eval forward.
 
     Raises:
-        ConvLoRAError: the model has no adapters. Errors of the model's forward pass through.
+        ConvLoRAError: the model has no adapters, or is sharded (FSDP). Errors of the model's forward pass through.
 
     Example:
         >>> from convlora import inject
@@ -152,6 +152,7 @@ def audit(model: nn.Module, *inputs: Any) -> Audit:
         True
     """
     root = with_adapters(model, "audit")
+    refuse_sharded(root, "audit")
     layers = adapted_layers(root)
     read: dict[bool, set[int]] = {}
     overwritten: set[int] = set()

@@ -14,13 +14,13 @@ import convlora
 PACKAGE = Path(convlora.__file__).parent
 LEVELS = [  # each file imports from lines above its own
     ["errors", "progress", "table"],
-    ["truncate"],
+    ["sharded", "truncate"],
     ["config", "factors", "conv"],
     ["lowrank", "adapter"],
     ["slot"],
     ["layer", "formats.native"],
-    ["algebra", "formats.tensors", "targets", "walk"],
-    ["formats.locon", "formats.loralib", "formats.peft", "specs"],
+    ["algebra", "card", "formats.tensors", "targets", "walk"],
+    ["formats.locon", "formats.loralib", "formats.peft", "hub", "specs"],
     ["checkpoint", "files", "formats"],  # its __init__
     ["bake", "switch"],
     ["distill.affinity", "distill.taps"],
