@@ -115,7 +115,7 @@ def extract(
     if not layers:
         raise ConvLoRAError(f"{OPERATION}: no weight of two or more dimensions, nor its bias, differs")
     if left_out or differing:
-        names = ", ".join(sorted({*left_out, *differing}))
+        names = ", ".join(sorted(map(str, {*left_out, *differing})))
         warnings.warn(
             f"{OPERATION}: these differ, and an adapter cannot express it: {names}", ConvLoRAWarning, stacklevel=3
         )

@@ -13,6 +13,7 @@ from typing import Any
 import nets
 import pytest
 import torch
+import zoo
 from nets import distance
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -148,6 +149,26 @@ def test_every_sort_of_layer_gives_its_output_in_lycoris_and_comes_back_bitwise(
         again = formats.read(file, layers=layers)
         assert {p: m.spec for p, m in again.layers.items()} == {p: m.spec for p, m in adapter.layers.items()}
         assert all(torch.equal(again.delta(path), adapter.delta(path)) for path in adapter.layers)
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
+@pytest.mark.parametrize("network", ["RCAN", "SwinIR"])
+def test_adapters_of_real_networks_give_their_output_in_lycoris(network: str, tmp_path: Path, lycoris: Any) -> None:
+    base, inputs = zoo.build(network)
+    base.eval()
+    model, trained_network = trained(lycoris, base)
+    trained_network.save_weights(str(tmp_path / "rain.safetensors"), torch.float32, {})
+    read = formats.read(tmp_path / "rain.safetensors", layers=formats.specs_of(base))
+    formats.write(read, tmp_path / "again.safetensors", "locon")
+    with torch.no_grad():
+        [expected] = zoo.run(model, inputs)
+        [plain] = zoo.run(base, inputs)
+        assert distance(expected, plain) > 0.01
+        for found in (
+            convlora.load(copy.deepcopy(base), read),
+            loaded_by(lycoris, base, tmp_path / "again.safetensors"),
+        ):
+            assert distance(zoo.run(found, inputs)[0], expected) < 1e-4
 
 
 def test_aliases_come_back(tmp_path: Path) -> None:

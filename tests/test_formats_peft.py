@@ -13,6 +13,7 @@ from typing import Any
 import nets
 import pytest
 import torch
+import zoo
 from nets import distance
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -197,6 +198,22 @@ def test_every_sort_of_layer_gives_its_output_in_peft_and_comes_back_bitwise(
         p: (m.rank, m.alpha, m.spec) for p, m in adapter.layers.items()
     }
     assert all(torch.equal(again.delta(path), adapter.delta(path)) for path in adapter.layers)
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
+@pytest.mark.parametrize("network", ["RCAN", "SwinIR"])
+def test_adapters_of_real_networks_give_their_output_in_peft(network: str, tmp_path: Path, peft: Any) -> None:
+    base, inputs = zoo.build(network)
+    base.eval()
+    stock = lambda name, module: zoo.adaptable(name, module) and type(module) in (nn.Conv2d, nn.Linear)  # noqa: E731
+    adapter = nets.adapter(base, targets=stock, factors="convlora", rank=1)  # PEFT cannot adapt RCAN's MeanShift
+    formats.write(adapter, tmp_path, "peft")
+    with torch.no_grad():
+        [expected] = zoo.run(convlora.load(copy.deepcopy(base), adapter), inputs)
+        [found] = zoo.run(from_pretrained(peft, copy.deepcopy(base), tmp_path).eval(), inputs)
+        [plain] = zoo.run(base, inputs)
+    assert distance(found, expected) < 1e-4
+    assert distance(expected, plain) > 0.01
 
 
 def test_layers_whose_names_end_alike_are_told_apart(tmp_path: Path, peft: Any) -> None:

@@ -71,7 +71,7 @@ def read(
             file's layers are convolutions, groups.
         rank: of a loralib file, where neither `layers` nor the file tell.
         alpha: of a loralib file.
-        name: of the adapter; the one in the file, else `"default"`.
+        name: of the adapter; by default the one that a file of this library states, else `"default"`.
 
     Raises:
         ConvLoRAError: the file is damaged, of no known format, or holds what no low-rank update of weights expresses
@@ -103,7 +103,8 @@ def read(
             else:
                 adapter = loralib.read(place, layers, rank, alpha)
         except ConvLoRAError as error:
-            raise ConvLoRAError(f"read: '{path}': {str(error).removeprefix('read: ')}") from None
+            message = str(error)
+            raise ConvLoRAError(message if message.startswith("read: ") else f"read: '{path}': {message}") from None
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ConvLoRAError(f"read: '{path}' is malformed ({one_line(error)})") from None
     if layers is not None:
@@ -123,7 +124,8 @@ def write(
     """Write an adapter in any of `FORMATS`, atomically.
 
     PEFT and LoCon files hold the factorization `"locon"`, loralib ones `"convlora"`; an adapter of another one is
-    brought to it by `Adapter.refactor`: without loss but for rounding, at the rank that this needs.
+    brought to it by `Adapter.refactor`: without loss but for rounding, at the rank that this needs. What other
+    libraries then compute is theirs: PEFT ignores a convolution's dilation and `padding_mode`. Fingerprints stay here.
 
     Args:
         adapter: what to write.

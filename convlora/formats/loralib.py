@@ -3,7 +3,8 @@
 Keys are `<path>.lora_A` and `<path>.lora_B`: for a Linear `(r, in)` and `(out, r)`, for a k×k Conv2d `(r·k, in·k)` and
 `(out//groups·k, r·k)`, which is the factorization `"convlora"`. Base weights, if the file has them, are at
 `<path>.weight` or `<path>.conv.weight`. The scale is `lora_alpha / r`, and neither is in the file; nor is what tells a
-Conv2d from a Linear. `.safetensors` files of this library state it in `__metadata__`, under `convlora.layers`.
+Conv2d from a Linear, or a Linear from an Embedding (refused where the base weight shows it). `.safetensors` files of
+this library state it in `__metadata__`, under `convlora.layers`.
 
 To load a written one: build each layer with the adapter's rank as `r` and with `lora_alpha`, then
 `model.load_state_dict(..., strict=False)`.

@@ -70,7 +70,7 @@ def read(path: str | os.PathLike[str]) -> Adapter:
             if metadata.get("format") != FORMAT:
                 raise ConvLoRAError(f"read: '{path}' is a safetensors file, but no convlora adapter; {OTHERS}")
         tensors = from_bytes(Path(path).read_bytes())  # several times as fast as one by one
-    except (SafetensorError, ValueError, OSError, TypeError) as error:
+    except (SafetensorError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, ConvLoRAError):
             raise
         others = "" if isinstance(error, FileNotFoundError) else f"; {OTHERS}"

@@ -7,7 +7,8 @@ factorization `"locon"`. The scale is in the config: `lora_alpha / r`, or `lora_
 `rank_pattern` and `alpha_pattern` override r and `lora_alpha`, the first key that matches as `(.*\.)?(key)$` counts.
 
 PEFT computes an adapted convolution as two convolutions that know nothing of the base's dilation and `padding_mode`:
-such layers fail there, or give another output, whatever wrote the file.
+such layers fail there, or give another output, whatever wrote the file. It makes both of the base layer's own class,
+so subclasses with another constructor fail, too.
 """
 
 from __future__ import annotations
