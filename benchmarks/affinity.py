@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +19,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from common import RESULTS, Case, Section, interleave, machine, milliseconds, now, versions, write_results
+from common import RESULTS, Case, Section, interleave, machine, milliseconds, now, peak_memory, versions, write_results
 from torch import Tensor
 
 from convlora.distill import spatial_affinity
@@ -79,31 +78,13 @@ def timing(device: str, dtype: torch.dtype, sides: list[int], rounds: int) -> Se
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
 def extra_memory(form: str, images: int, side: int) -> tuple[int, float]:
     """(peak above what was there before, seconds) of one forward and backward, after a small one as warm-up."""
     step(form, features(1, 16, "cpu"))
     pair = features(images, side, "cpu")
-    before, peak, over = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not over.wait(0.0005):
-            peak = max(peak, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     start = time.perf_counter()
-    step(form, pair)
-    seconds = time.perf_counter() - start
-    peak = max(peak, resident())
-    over.set()
-    watcher.join()
-    return peak - before, seconds
+    peak = peak_memory(lambda: step(form, pair))
+    return peak, time.perf_counter() - start
 
 
 def measured_apart(form: str, images: int, side: int) -> tuple[int, float]:

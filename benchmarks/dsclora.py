@@ -20,13 +20,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import multiprocessing
 import statistics
 import sys
-import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -34,21 +30,17 @@ from typing import Annotated
 import torch
 import typer
 from common import RESULTS, Case, Section, interleave, machine, now, versions, write_results
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import convlora
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from sr.data import Pair, Patches, degraded_pairs, prepare, read_folder
-from sr.degradations import DEGRADATIONS
+from sr.data import Patches
 from sr.distillation import Distillation, inject
-from sr.metrics import quality
-from sr.models import load_span, upscale
+from sr.models import load_span
 from sr.training import Schedule, make_accelerator, train
+from trials import Result, carry_all, count, judge, mean_and_deviation, photos
 
-EXCLUDED = "302003"  # the photo of BSDS that is also Set5's woman
-KEPT_OUT = 20  # every 20th training photo judges the regime and trains nothing
 JUDGED = {"set5": "Set5", "val": "BSDS val", "kept out": "kept out"}
 
 
@@ -70,9 +62,6 @@ class Run:
     clean_teacher: bool = False
     by: str = ""  # the teacher, else the base itself
     judged: tuple[str, ...] = ("set5", "val")
-
-    def key(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
 
 METHODS: dict[str, dict[str, float | bool]] = {
@@ -106,33 +95,14 @@ ROBUST: dict[str, dict[str, float | bool]] = {
 # --- one run --------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def photos(data: Path, name: str, degradation: str) -> list[Pair]:
-    """The pairs of `"train"`, `"kept out"`, `"set5"` or `"val"`."""
-    folder = data / {"set5": "set5/HR", "val": "bsds/val"}.get(name, "bsds/train")
-    found = [photo for photo in prepare(read_folder(folder), 4, 64) if photo.name != EXCLUDED]
-    if name == "kept out":
-        found = found[::KEPT_OUT]
-    if name == "train":
-        found = [photo for index, photo in enumerate(found) if index % KEPT_OUT]
-    seed = 10**6 if name == "train" else 0
-    return degraded_pairs(found, DEGRADATIONS[degradation], scale=4, draws=1, seed=seed)
-
-
-def judge(model: nn.Module, pairs: Sequence[Pair]) -> list[float]:
-    """[PSNR-Y, SSIM-Y]."""
-    reached = quality([upscale(model, pair.low) for pair in pairs], [pair.high for pair in pairs], 4)
-    return [reached.psnr, reached.ssim]
-
-
-def carry_out(run: Run, data: Path, bases: dict[str, Path]) -> dict[str, object]:
+def carry_out(run: Run, data: Path, bases: dict[str, Path]) -> Result:
     """Train, merge, remove, judge."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(run.seed)
     model, _ = load_span(bases[run.base])
     teacher = load_span(bases[run.by])[0].requires_grad_(False) if run.by else None
-    result: dict[str, object] = {"run": dataclasses.asdict(run), "base_parameters": count(model)}
+    result: Result = {"base_parameters": count(model.parameters())}
     parameters = list(model.parameters()) if run.full else convlora.parameters(inject(model))
     if run.steps:
         trained = train(
@@ -148,29 +118,8 @@ def carry_out(run: Run, data: Path, bases: dict[str, Path]) -> dict[str, object]
         result["seconds"] = trained.seconds
     if not run.full:
         convlora.remove(convlora.merge(model))
-    result |= {"trained_parameters": sum(p.numel() for p in parameters), "merged_parameters": count(model)}
+    result |= {"trained_parameters": count(parameters), "merged_parameters": count(model.parameters())}
     return result | {name: judge(model, photos(data, name, run.degradation)) for name in run.judged}
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def carry_all(runs: Iterable[Run], data: Path, bases: dict[str, Path], kept: Path, jobs: int) -> dict[str, dict]:
-    """Key -> result; what the file `kept` has is not repeated."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    lines = kept.read_text().splitlines() if kept.exists() else []
-    found = {Run(**{**r["run"], "judged": tuple(r["run"]["judged"])}).key(): r for r in map(json.loads, lines)}
-    todo = [run for run in dict.fromkeys(runs) if run.key() not in found]
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, kept.open("a") as file:
-        futures = {pool.submit(carry_out, run, data, bases): run for run in todo}
-        for done, future in enumerate(as_completed(futures), 1):
-            result = future.result()
-            found[futures[future].key()] = result
-            file.write(json.dumps(result) + "\n")
-            file.flush()
-            print(f"{time.strftime('%H:%M:%S')} {done}/{len(todo)} {json.dumps(result)}", flush=True)
-    return found
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -181,23 +130,21 @@ def base_run(base: str, run: Run) -> Run:
     return Run(base, full=True, steps=0, degradation=run.degradation, judged=run.judged)
 
 
-def table(title: str, note: str, rows: dict[tuple[str, str], list[Run]], found: dict[str, dict]) -> Section:
+def table(title: str, note: str, rows: dict[tuple[str, str], list[Run]], found: dict[Run, Result]) -> Section:
     """One line per (base, method), means over seeds with their standard deviation, and the gain over the base."""
     judged = next(iter(rows.values()))[0].judged
     columns = [f"{JUDGED[name]} {what}" for name in judged for what in ("PSNR-Y", "gain", "SSIM-Y")]
     section = Section(title, note, ("base", "method", "trained", *columns))
     for (base, method), runs in rows.items():
-        results = [found[run.key()] for run in runs]
-        start = found[base_run(base, runs[0]).key()]
-        cells, data = [], {"base": base, "method": method, "runs": [r["run"] for r in results]}
+        results = [found[run] for run in runs]
+        start = found[base_run(base, runs[0])]
+        cells, data = [], {"base": base, "method": method, "runs": [dataclasses.asdict(run) for run in runs]}
         for name in judged:
             psnr, ssim = zip(*(result[name] for result in results), strict=True)
-            gain = statistics.mean(psnr) - start[name][0]
-            spread = f" ± {statistics.stdev(psnr):.3f}" if len(psnr) > 1 else ""
-            is_base = runs[0].steps == 0
-            cells += [f"{statistics.mean(psnr):.3f}", "" if is_base else f"{gain:+.3f}{spread}"]
+            gains = [value - start[name][0] for value in psnr]
+            cells += [f"{statistics.mean(psnr):.3f}", mean_and_deviation(gains) if runs[0].steps else ""]
             cells += [f"{statistics.mean(ssim):.4f}"]
-            data |= {f"{name} psnr": psnr, f"{name} ssim": ssim, f"{name} gain": gain}
+            data |= {f"{name} psnr": psnr, f"{name} ssim": ssim, f"{name} gain": statistics.mean(gains)}
         first = results[0]
         trained = first["trained_parameters"] if runs[0].steps else 0
         share = f"{trained:,} ({trained / first['base_parameters']:.0%})" if trained else ""
@@ -276,11 +223,12 @@ def inference(bases: dict[str, Path], rounds: int) -> Section:
         times = interleave(name, cases, rounds)
         ratio = times["merged"].over(times["base"])
         section.rows.append((
-            name, f"{count(base):,}", f"{count(models['merged']):,}",
+            name, f"{count(base.parameters()):,}", f"{count(models['merged'].parameters()):,}",
             *(f"{operations[kind] / 1e9:.3f}" for kind in ("base", "merged")),
             f"{times['base'].median * 1e3:.1f}", f"{ratio.wall:.3f} (CPU {ratio.cpu:.3f})",
         ))  # fmt: skip
-        section.data.append({"base": name, "parameters": count(base), "flop": operations, "ratio": vars(ratio)})
+        sizes = {kind: count(model.parameters()) for kind, model in models.items()}
+        section.data.append({"base": name, "parameters": sizes, "flop": operations, "ratio": vars(ratio)})
     return section
 
 
@@ -305,9 +253,10 @@ def main(
     student, _, teacher = (better or f"{list(bases)[-1]}={first}").partition("=")
     others = with_bases(better_rows(student, teacher, seeds))
     facts = {"date": now(), "machine": machine(), "versions": versions(["torch", "spandrel", "convlora"])}
-    found = {}
+    carry = functools.partial(carry_out, data=data, bases=bases)
+    found: dict[Run, Result] = {}
     for rows in (paper, robustness, others, *regimes.values()):
-        found |= carry_all((run for line in rows.values() for run in line), data, bases, runs, jobs)
+        found |= carry_all((run for line in rows.values() for run in line), carry, runs, jobs)
     defaults = Run("")
     recipe = (
         f"{defaults.steps} steps, Adam, cosine, batch {defaults.batch}, LR patch {defaults.patch}, turned and "

@@ -8,7 +8,10 @@ Example:
     >>> _ = convlora.remove(convlora.merge(model))
 """
 
+from convlora import card as card
 from convlora import distill as distill
+from convlora import formats as formats
+from convlora import hub as hub
 from convlora.adapter import Adapter as Adapter
 from convlora.allocate import allocate_ranks as allocate_ranks
 from convlora.config import AdapterConfig as AdapterConfig

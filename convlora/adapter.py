@@ -187,7 +187,7 @@ class Adapter:
         """
         from convlora.checkpoint import apply
 
-        return apply(self, state_dict, strength)
+        return apply([(self, strength)], state_dict)
 
     # --- algebra: each gives a new adapter; the mathematics is in algebra.py and checkpoint.py
 

@@ -19,6 +19,7 @@ from convlora.adapter import BIAS, Adapter, LayerFactors
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors import Factorization, WeightSpec, get_factors
+from convlora.progress import steps
 from convlora.truncate import Choose, Fit, chooser
 
 T = TypeVar("T")
@@ -153,7 +154,7 @@ def resize(adapter: Adapter, rank: int | None, energy: float | None) -> Adapter:
     """See `Adapter.resize`."""
     choose = chooser("Adapter.resize", rank, energy)
     layers, errors = {}, {}
-    for path, layer in adapter.layers.items():
+    for path, layer in steps(adapter.layers.items()):
         errors[path] = 0.0
         layers[path] = layer
         if rank is None or layer.rank > rank:
@@ -183,7 +184,7 @@ def refactor(adapter: Adapter, factors: str, rank: int | None, energy: float | N
         return adapter.resize(rank=rank, energy=energy) if limited else adapter
     config = adapter.config.replace(factors=factors, init="default")
     layers, errors = {}, {}
-    for path, layer in adapter.layers.items():
+    for path, layer in steps(adapter.layers.items()):
         errors[path] = 0.0
         if _means_the_same(get_factors(adapter.config.factors), target, layer):
             layers[path] = layer
@@ -233,6 +234,14 @@ def fitted(fit: Fit, config: AdapterConfig, layer: LayerFactors) -> LayerFactors
 def unit_alpha(config: AdapterConfig, rank: int) -> float:
     """The alpha of scale 1."""
     return float(rank) if config.rank_scaling == "linear" else math.sqrt(rank)
+
+
+def linear_scaling(adapter: Adapter) -> dict[str, LayerFactors]:
+    """The layers with alphas for which the scale is `alpha / rank`, whatever the adapter's `rank_scaling`."""
+    if adapter.config.rank_scaling == "linear":
+        return dict(adapter.layers)
+    scale = adapter.config.scale
+    return {p: replace(layer, alpha=scale(layer.rank, layer.alpha) * layer.rank) for p, layer in adapter.layers.items()}
 
 
 def _dtype(*layers: LayerFactors) -> torch.dtype:

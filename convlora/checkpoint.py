@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,21 +17,53 @@ from convlora.conv import fuse, is_finite
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors import WeightSpec
 from convlora.formats.native import fingerprint
+from convlora.progress import steps
+from convlora.specs import guess, is_weight
 from convlora.truncate import chooser
 
 OPERATION = "Adapter.extract"
 
 
-def apply(adapter: Adapter, state_dict: Mapping[str, Any], strength: float) -> dict[str, Any]:
-    """See `Adapter.apply_to`."""
+def apply(strengths: Sequence[tuple[Adapter, float]], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """See `Adapter.apply_to`; of several adapters the updates are summed before the one rounding, as in a model."""
     if not isinstance(state_dict, Mapping):
         raise ConvLoRAError(f"Adapter.apply_to: expected a state dict, got {type(state_dict).__name__}")
-    if not is_number(strength):
-        raise ConvLoRAError(f"Adapter.apply_to: strength (={strength!r}) must be a finite number")
+    copies = {  # a module of several paths is one layer
+        key(alias, kind): key(path, kind)
+        for adapter, _ in strengths
+        for path, layer in adapter.layers.items()
+        for kind in _kinds(layer)
+        for alias in layer.aliases
+    }
+    changes: dict[str, dict[int, tuple[Adapter, LayerFactors, float]]] = {}
+    for number, (adapter, strength) in enumerate(strengths):
+        if not is_number(strength):
+            raise ConvLoRAError(f"Adapter.apply_to: strength (={strength!r}) must be a finite number")
+        misfits(adapter, state_dict).raise_if_any("Adapter.apply_to")
+        for path, layer in adapter.layers.items():
+            for kind in _kinds(layer):
+                name = copies.get(key(path, kind), key(path, kind))
+                changes.setdefault(name, {}).setdefault(number, (adapter, layer, strength))
     problems = Problems()
     merged: dict[str, Tensor] = {}
+    for name, parts in steps(changes.items()):
+        base = state_dict[name]
+        merged[name] = fuse(base.detach(), (_change(name, *part).to(base.device) for part in parts.values()))
+        if not is_finite(merged[name]):
+            problems.non_finite.append(name)
+    problems.raise_if_any("Adapter.apply_to")
+    merged.update({alias: merged[name] for alias, name in copies.items()})
+    result = OrderedDict((name, merged.get(name, value)) for name, value in state_dict.items())
+    if hasattr(state_dict, "_metadata"):  # the versions of torch's modules
+        result._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    return result
+
+
+def misfits(adapter: Adapter, state_dict: Mapping[str, Any]) -> Problems:
+    """What a state dict lacks for an adapter, and what it has in another shape or dtype."""
+    problems = Problems()
     for path, layer in adapter.layers.items():
-        for kind in ("weight", "bias") if BIAS in layer.tensors else ("weight",):
+        for kind in _kinds(layer):
             name = key(path, kind)
             shape = layer.spec.shape if kind == "weight" else (layer.spec.out_channels,)
             base = state_dict.get(name)
@@ -41,18 +73,17 @@ def apply(adapter: Adapter, state_dict: Mapping[str, Any], strength: float) -> d
                 problems.mismatched.append(f"{name} {tuple(base.shape)} instead of {shape}")
             elif not base.is_floating_point() or base.element_size() < 2:
                 problems.mismatched.append(f"{name} {base.dtype} instead of floating point of at least 16 bits")
-            elif not problems:
-                weight = kind == "weight"
-                change = update(adapter.config, layer, strength) if weight else wide(layer.tensors[BIAS]) * strength
-                merged[name] = fuse(base.detach(), [change.to(base.device)])
-                merged.update({key(alias, kind): merged[name] for alias in layer.aliases})
-                if not is_finite(merged[name]):
-                    problems.non_finite.append(name)
-    problems.raise_if_any("Adapter.apply_to")
-    result = OrderedDict((name, merged.get(name, value)) for name, value in state_dict.items())
-    if hasattr(state_dict, "_metadata"):  # the versions of torch's modules
-        result._metadata = state_dict._metadata  # type: ignore[attr-defined]
-    return result
+    return problems
+
+
+def _kinds(layer: LayerFactors) -> tuple[str, ...]:
+    return ("weight", "bias") if BIAS in layer.tensors else ("weight",)
+
+
+def _change(name: str, adapter: Adapter, layer: LayerFactors, strength: float) -> Tensor:
+    if name.endswith("weight"):
+        return update(adapter.config, layer, strength)
+    return wide(layer.tensors[BIAS]) * strength
 
 
 def extract(
@@ -70,7 +101,7 @@ def extract(
     config = AdapterConfig(targets="*", factors=factors, name=name)
     differing, left_out = _compare(base, tuned)
     layers, errors = {}, {}
-    for path, spec in _layers(base, differing, specs or {}).items():
+    for path, spec in steps(_layers(base, tuned, differing, specs or {}).items()):
         weight, bias = key(path, "weight"), key(path, "bias")
         fit = factorization.fit(spec.to_convolution(_difference(base, tuned, weight)), spec, choose)
         tensors = dict(fit.factors)
@@ -84,7 +115,7 @@ def extract(
     if not layers:
         raise ConvLoRAError(f"{OPERATION}: no weight of two or more dimensions, nor its bias, differs")
     if left_out or differing:
-        names = ", ".join(sorted({*left_out, *differing}))
+        names = ", ".join(sorted(map(str, {*left_out, *differing})))
         warnings.warn(
             f"{OPERATION}: these differ, and an adapter cannot express it: {names}", ConvLoRAWarning, stacklevel=3
         )
@@ -115,30 +146,24 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.to(wide), other.to(one.device, wide))
 
 
-def _layers(base: Mapping[str, Any], differing: set[str], specs: Mapping[str, WeightSpec]) -> dict[str, WeightSpec]:
+def _layers(
+    base: Mapping[str, Any], tuned: Mapping[str, Any], differing: set[str], specs: Mapping[str, WeightSpec]
+) -> dict[str, WeightSpec]:
     """Layer path -> its weight, for each layer whose weight or bias differs, in the order of the checkpoint."""
     problems = Problems()
     layers = {}
     for name, weight in base.items():
-        path, _, last = name.rpartition(".")
-        if last != "weight" or not isinstance(weight, Tensor) or weight.dim() < 2 or not weight.is_floating_point():
+        path, _, last = str(name).rpartition(".")
+        if last != "weight" or not is_weight(weight) or not is_weight(tuned.get(name)):
             continue
-        if name in differing or key(path, "bias") in differing:
-            layers[path] = specs.get(path) or _guess(tuple(weight.shape), base.get(key(path, "bias")))
+        comparable = weight.shape == tuned[name].shape
+        if name in differing or (comparable and key(path, "bias") in differing):
+            layers[path] = specs.get(path) or guess(tuple(weight.shape), base.get(key(path, "bias")))
             if layers[path].shape != tuple(weight.shape):
                 problems.mismatched.append(f"{name} {tuple(weight.shape)} instead of {layers[path].shape}")
     problems.missing += [key(path, "weight") for path in specs if not isinstance(base.get(key(path, "weight")), Tensor)]
     problems.raise_if_any(OPERATION)
     return layers
-
-
-def _guess(shape: tuple[int, ...], bias: Any) -> WeightSpec:
-    """groups=1, but for a bias that has the length of a transposed convolution's `(in, out/groups, *kernel)` alone."""
-    length = bias.numel() if isinstance(bias, Tensor) else shape[0]
-    groups, rest = divmod(length, shape[1])
-    if length == shape[0] or len(shape) < 3 or rest or not groups or shape[0] % groups:
-        return WeightSpec(shape)
-    return WeightSpec(shape, groups, transposed=True)
 
 
 def _difference(base: Mapping[str, Any], tuned: Mapping[str, Any], name: str) -> Tensor:

@@ -58,3 +58,14 @@ class Problems:
     def raise_if_any(self, operation: str) -> None:
         if self:
             raise ConvLoRAError(f"{operation}: {self}")
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's exception says, on one line and no longer than an error message can carry.
+
+    Example:
+        >>> one_line(OSError("a\\n  b")), one_line(OSError())
+        ('a b', 'OSError')
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"

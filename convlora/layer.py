@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from convlora.errors import ConvLoRAError
 from convlora.factors import WeightSpec
 from convlora.lowrank import LowRank
+from convlora.sharded import is_managed, is_shard_root, is_sharded
 from convlora.slot import Slot
 
 CHILD = "convlora"  # the child module's name, so `<layer>.convlora.<adapter>.lora_A` in a full checkpoint
@@ -114,7 +116,7 @@ def _property(kind: str) -> property:
             base = raw(self, kind)
             if _readers is not None and kind == "weight":
                 _readers.add(id(self))
-            if base is None or type(base).__name__ == "DTensor":  # sharded: whole only inside FSDP2's forward
+            if base is None or is_sharded(base):  # sharded: whole only inside FSDP2's forward
                 return base
             return slot_of(self).effective(base, kind)
         except _MissingError:
@@ -122,6 +124,11 @@ def _property(kind: str) -> property:
         except AttributeError as error:
             # nn.Module.__getattr__ would swallow it and return the base weight.
             raise RuntimeError(f"{type(self).__name__}.{kind} cannot be formed: {error}") from error
+        except RuntimeError as error:
+            if is_managed(self):  # FSDP1, which sets the parameters of a module by other ways than its attributes
+                message = "under FSDP the effective weight cannot be formed; shard by fully_shard (FSDP2)"
+                raise ConvLoRAError(f"{type(self).__name__}.{kind}: {message}") from error
+            raise
 
     def write(self: Any, value: Any) -> None:
         own = getattr(self._convlora_base, kind, None)
@@ -206,7 +213,8 @@ def _rebuild_by(base: type[nn.Module], rebuild: Any, *args: Any) -> nn.Module:
 
 def is_stacked(layer: nn.Module) -> bool:
     """Whether something (a parametrization) has put a class of its own on top of the adapted one."""
-    return isinstance(layer, Adapted) and "_convlora_base" not in type(layer).__dict__
+    kind = type(layer).__bases__[1] if is_shard_root(type(layer)) else type(layer)
+    return isinstance(layer, Adapted) and "_convlora_base" not in kind.__dict__
 
 
 def adapt(layer: nn.Module, name: str, low_rank: LowRank) -> None:

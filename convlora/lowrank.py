@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
 from convlora.factors import Factorization, WeightSpec, get_factors
+from convlora.sharded import like
 
 
 class LowRank(nn.Module):
@@ -75,7 +76,7 @@ class LowRank(nn.Module):
         """Take the values of other factors of the same shapes, in place."""
         with torch.no_grad():
             for name, parameter in self.factors().items():
-                parameter.copy_(factors[name])
+                parameter.copy_(like(factors[name], parameter))
 
     def configure(self, config: AdapterConfig, alpha: float) -> None:
         """Become the adapter of another file with the same shapes."""

@@ -11,7 +11,8 @@ from torch import nn
 from convlora.layer import peek, recording, slot_of
 from convlora.putback import put_back
 from convlora.switch import activate, disabled
-from convlora.walk import adapted_layers, slots, unwrap, with_adapters
+from convlora.table import table
+from convlora.walk import adapted_layers, refuse_sharded, slots, unwrap, with_adapters
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Summary:
         ]  # fmt: skip
         share = f" ({self.trainable / self.base:.2%} of the base)" if self.base else ""
         foot = f"{self.trainable:,} of {self.total:,} parameters train{share}"
-        return f"{_table(columns, rows, right=3)}\n{foot}"
+        return f"{table(columns, rows, right=3)}\n{foot}"
 
 
 def summary(model: nn.Module) -> Summary:
@@ -132,7 +133,7 @@ class Audit:
         if self.ok:
             return f"all {len(self.layers)} adapted layers are read in train and eval mode, none is overwritten"
         rows = [[name, problem] for name, problem in self.problems.items()]
-        return f"{_table(['layer', 'problem'], rows)}\n{len(rows)} of {len(self.layers)} adapted layers have a problem"
+        return f"{table(['layer', 'problem'], rows)}\n{len(rows)} of {len(self.layers)} adapted layers have a problem"
 
 
 def audit(model: nn.Module, *inputs: Any) -> Audit:
@@ -142,7 +143,7 @@ def audit(model: nn.Module, *inputs: Any) -> Audit:
     by the model itself, as `eval_conv` of SPAN's re-parameterised convolutions is at every eval forward.
 
     Raises:
-        ConvLoRAError: the model has no adapters. Errors of the model's forward pass through.
+        ConvLoRAError: the model has no adapters, or is sharded (FSDP). Errors of the model's forward pass through.
 
     Example:
         >>> from convlora import inject
@@ -151,6 +152,7 @@ def audit(model: nn.Module, *inputs: Any) -> Audit:
         True
     """
     root = with_adapters(model, "audit")
+    refuse_sharded(root, "audit")
     layers = adapted_layers(root)
     read: dict[bool, set[int]] = {}
     overwritten: set[int] = set()
@@ -178,16 +180,3 @@ def _mark(layer: nn.Module) -> tuple[int, int, int]:
     if weight is None:  # computed at every read; what it is computed from is no base weight
         return 0, 0, 0
     return id(weight), weight.data_ptr(), -1 if weight.is_inference() else weight._version
-
-
-def _table(columns: list[str], rows: list[list[str]], right: int = 0) -> str:
-    """A plain text table; the last `right` columns are right-aligned."""
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    left = len(columns) - right
-
-    def line(cells: list[str]) -> str:
-        return "  ".join(
-            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-
-    return "\n".join([line(columns), "  ".join("─" * width for width in widths), *map(line, rows)])

@@ -17,6 +17,7 @@ from convlora.formats.native import fingerprint as fingerprint_of
 from convlora.layer import Adapted, peek, slot_of, weight_spec, why_not
 from convlora.lowrank import LowRank
 from convlora.model import Placement, check_injectable, place
+from convlora.sharded import is_first, is_sharded, mesh_of, reshard, together, whole
 from convlora.targets import nearest
 from convlora.walk import adapted_layers, only_name, unwrap
 
@@ -25,6 +26,8 @@ M = TypeVar("M", bound=nn.Module)
 
 def adapter(model: nn.Module, name: str | None = None) -> Adapter:
     """An adapter of the model as a value: copies on the CPU, detached from the model.
+
+    Under FSDP2 every process has to call it, and each gets the whole adapter.
 
     Raises:
         ConvLoRAError: no such adapter, several and no name, or non-finite factors.
@@ -40,6 +43,7 @@ def adapter(model: nn.Module, name: str | None = None) -> Adapter:
 
 def _take(model: nn.Module, name: str | None, copy: bool) -> Adapter:
     name = only_name(model, name, "adapter")
+    reshard(model, "adapter")
     paths: dict[nn.Module, list[str]] = {}
     for path, module in unwrap(model, "adapter").named_modules(remove_duplicate=False):
         if isinstance(module, Adapted) and name in slot_of(module).names():
@@ -61,7 +65,9 @@ def save(
 ) -> nn.Module:
     """Write an adapter of the model to a `.safetensors` file, atomically. Returns the model.
 
-    `dtype`: of the tensors in the file; float16 or bfloat16 halve it.
+    `dtype`: of the tensors in the file; float16 or bfloat16 halve it. Of several processes with one model the first
+    writes. Under FSDP2 all of them have to call it, and each goes on once the file is there; under DDP the others do
+    not wait.
 
     Raises:
         ConvLoRAError: no such adapter, several and no name, non-finite factors, or the file cannot be written; an
@@ -74,7 +80,10 @@ def save(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = save(model, f"{folder}/rain.safetensors")
     """
-    _take(model, name, copy=False).to(dtype).write(path)
+    taken = _take(model, name, copy=False).to(dtype)
+    mesh = mesh_of(model)
+    first = is_first(model, mesh)
+    together(mesh, lambda: taken.write(path) if first else None)
     return model
 
 
@@ -84,6 +93,7 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
     Onto an adapter of the same name with the same shapes it copies in place: a hot swap, which recompiles nothing.
     A new adapter acts, beside those that already do; `activate` chooses. `name`: another name than the file's.
     `strict=False` takes what fits and warns of the rest. A base other than the adapted one gives a warning.
+    A model that FSDP2 has sharded takes a hot swap only, and every process has to call it and reads the file.
 
     Raises:
         ConvLoRAError: the file is damaged or foreign, or layers are missing, unexpected or of other shapes; all are
@@ -98,9 +108,10 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
         ...     _ = save(inject(base, targets="*", rank=1), f"{folder}/rain.safetensors")
         ...     fresh = load(fresh, f"{folder}/rain.safetensors")
     """
-    loaded = path if isinstance(path, Adapter) else Adapter.read(path)
-    config = loaded.config if name is None else loaded.config.replace(name=name)
     root = unwrap(model, "load")
+    reshard(root, "load")
+    loaded = together(mesh_of(root), lambda: path if isinstance(path, Adapter) else Adapter.read(path))
+    config = loaded.config if name is None else loaded.config.replace(name=name)
     present = {p: layer for p, layer in adapted_layers(root).items() if config.name in slot_of(layer).names()}
     if not present:
         check_injectable(model, config, "load")
@@ -190,8 +201,7 @@ def _show(spec: WeightSpec) -> str:
 def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
     if tensor.is_meta:
         raise ConvLoRAError("adapter: the factors have no values yet (meta device)")
-    whole = tensor.full_tensor() if type(tensor).__name__ == "DTensor" else tensor  # type: ignore[attr-defined]
-    return whole.detach().to("cpu", copy=copy)
+    return whole(tensor).detach().to("cpu", copy=copy)
 
 
 def fingerprint(layers: Mapping[str, nn.Module]) -> str | None:
@@ -199,6 +209,4 @@ def fingerprint(layers: Mapping[str, nn.Module]) -> str | None:
     weights = {path: peek(layer, "weight") for path, layer in layers.items()}
     if any(weight.is_meta for weight in weights.values()):
         return None
-    return fingerprint_of(
-        {p: _on_cpu(w, copy=False) if type(w).__name__ == "DTensor" else w for p, w in weights.items()}
-    )
+    return fingerprint_of({p: _on_cpu(w, copy=False) if is_sharded(w) else w for p, w in weights.items()})

@@ -13,7 +13,7 @@ from convlora.config import LARGEST, is_number
 from convlora.conv import is_finite
 from convlora.errors import ConvLoRAError
 from convlora.layer import slot_of, still
-from convlora.walk import adapted_layers, refuse_stacked, slots, with_adapters
+from convlora.walk import adapted_layers, refuse_sharded, refuse_stacked, slots, with_adapters
 
 M = TypeVar("M", bound=nn.Module)
 Names = str | Iterable[str] | Mapping[str, float]
@@ -90,7 +90,7 @@ def merge(model: M, names: Names | None = None, *, check_finite: bool = True) ->
 
     Raises:
         ConvLoRAError: no such adapter, or a fused weight with a non-finite value (`check_finite`), naming the
-            layers. The model is unchanged then.
+            layers; a sharded model (FSDP). The model is unchanged then.
 
     Example:
         >>> import convlora
@@ -100,6 +100,7 @@ def merge(model: M, names: Names | None = None, *, check_finite: bool = True) ->
     """
     strengths = None if names is None else _strengths(names, "merge")
     root = with_adapters(model, "merge", strengths or ())
+    refuse_sharded(root, "merge")
     refuse_stacked(root, "merge")
     before = [(slot, slot.state()) for slot in slots(root)]
     bad = []

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.layer import Adapted, is_stacked, slot_of
+from convlora.sharded import is_managed, is_sharded
 from convlora.slot import Slot
 
 
@@ -99,8 +100,13 @@ def refuse_wrapped(model: Any, operation: str) -> None:
         kind = type(module).__name__
         if isinstance(module, nn.parallel.DistributedDataParallel) or kind == "FullyShardedDataParallel":
             raise ConvLoRAError(f"{operation}: the model is wrapped in {kind}; {operation} before wrapping")
-        if any(type(p).__name__ == "DTensor" for p in module._parameters.values()):
-            raise ConvLoRAError(f"{operation}: the model is sharded (DTensor); {operation} before fully_shard")
+    refuse_sharded(model, operation)
+
+
+def refuse_sharded(model: nn.Module, operation: str) -> None:
+    for module in model.modules():
+        if is_managed(module) or any(is_sharded(p) for p in module._parameters.values()):
+            raise ConvLoRAError(f"{operation}: the model is sharded (FSDP or DTensor); {operation} before sharding")
 
 
 def refuse_stacked(root: nn.Module, operation: str) -> None:

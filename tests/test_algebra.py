@@ -385,6 +385,18 @@ def test_extract_takes_a_bias_without_its_weight() -> None:
     assert torch.equal(adapter.apply_to(base)["0.bias"], tuned["0.bias"])
 
 
+@pytest.mark.parametrize("weight", [None, torch.zeros(1, 3, 3, 3), torch.zeros(8, 0)])
+def test_extract_leaves_out_a_bias_whose_weight_cannot_be_compared(weight: Tensor | None) -> None:
+    base, tuned = _pair()
+    tuned["0.bias"] = base["0.bias"] + 1
+    tuned["0.weight"] = weight if weight is not None else torch.zeros(0)
+    if weight is None:
+        del tuned["0.weight"]
+    with pytest.warns(convlora.ConvLoRAWarning, match=r"express it: 0\.bias, 0\.weight"):
+        adapter = Adapter.extract({**base, 7: base["0.bias"]}, tuned, rank=1)  # type: ignore[dict-item]
+    assert "0" not in adapter.layers
+
+
 def test_extract_names_what_an_adapter_cannot_express() -> None:
     base, tuned = _pair()
     tuned["1.weight"] = base["1.weight"] + 1

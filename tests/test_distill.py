@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import AFFINITIES
+from processes import in_processes
 from spandrel.architectures.SPAN.__arch.span import SPAN
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -415,11 +414,8 @@ def test_two_calls_before_one_backward(compiled: bool) -> None:
             torch.testing.assert_close(got, parts[0] + parts[1])
 
 
-def _gradients_of_rank(rank: int, folder: str, find_unused: bool) -> None:
+def _gradients_of_rank(rank: int, find_unused: bool) -> list[Tensor | None]:
     """One of two processes: the gradients of its half of the batch, averaged by DDP."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(f"{folder}/store", 2))
     model = student().eval()
     ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
     for _ in range(2):  # the reducer has a state: a teacher's pass through it would show in the second step
@@ -427,25 +423,17 @@ def _gradients_of_rank(rank: int, folder: str, find_unused: bool) -> None:
         for parameter in convlora.parameters(model):
             parameter.grad = None
         (out.loss + F.l1_loss(out.student, out.teacher)).backward()
-    if rank == 0:
-        torch.save([parameter.grad for parameter in convlora.parameters(model)], f"{folder}/gradients.pt")
-    dist.destroy_process_group()
+    return [parameter.grad for parameter in convlora.parameters(model)]
 
 
 @pytest.mark.parametrize("find_unused", [False, True])
 def test_two_processes_under_ddp_give_the_gradients_of_the_joined_batch(tmp_path: Path, find_unused: bool) -> None:
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_gradients_of_rank, args=(r, str(tmp_path), find_unused)) for r in range(2)]
-    for process in ranks:
-        process.start()
+    gradients, _ = in_processes(tmp_path, _gradients_of_rank, find_unused)
     torch.manual_seed(0)
     model = student().eval()
     out = Distiller(model, BLOCKS)(batch())
     (out.loss + F.l1_loss(out.student, out.teacher)).backward()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
-    for parameter, gradient in zip(convlora.parameters(model), torch.load(tmp_path / "gradients.pt"), strict=True):
+    for parameter, gradient in zip(convlora.parameters(model), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
 
 

@@ -13,14 +13,15 @@ import convlora
 
 PACKAGE = Path(convlora.__file__).parent
 LEVELS = [  # each file imports from lines above its own
-    ["errors"],
-    ["truncate"],
+    ["errors", "progress", "table"],
+    ["sharded", "truncate"],
     ["config", "factors", "conv"],
     ["lowrank", "adapter"],
     ["slot"],
     ["layer", "formats.native"],
-    ["algebra", "targets", "walk"],
-    ["checkpoint"],
+    ["algebra", "card", "formats.tensors", "targets", "walk"],
+    ["formats.locon", "formats.loralib", "formats.peft", "hub", "specs"],
+    ["checkpoint", "files", "formats"],  # its __init__
     ["bake", "switch"],
     ["distill.affinity", "distill.taps"],
     ["distill.losses"],
@@ -30,6 +31,11 @@ LEVELS = [  # each file imports from lines above its own
     ["probe", "report", "storage"],
     ["allocate"],
     ["__init__"],
+    ["cli.architecture", "cli.console", "cli.options"],
+    ["cli.inputs"],
+    ["cli.look", "cli.make"],
+    ["cli.app"],
+    ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 LATE = {("adapter", late) for late in ("formats", "algebra", "checkpoint")}  # Adapter's thin methods
@@ -43,7 +49,8 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("convlora"):
             found.add(node.module.removeprefix("convlora").lstrip(".") or "__init__")
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("convlora")}
+            names = [alias.name for alias in node.names if alias.name.startswith("convlora")]
+            found |= {name.removeprefix("convlora").lstrip(".") or "__init__" for name in names}
     return found
 
 

@@ -1,1 +1,194 @@
 """File formats: one module a format, each between a file and an `Adapter`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from convlora.adapter import Adapter
+from convlora.errors import ConvLoRAError, Problems, one_line
+from convlora.factors import WeightSpec
+from convlora.formats import locon, loralib, native, peft, tensors
+from convlora.specs import specs_from_checkpoint as specs_from_checkpoint
+from convlora.specs import specs_of as specs_of
+
+FORMATS = ("convlora", "peft", "locon", "loralib")
+
+
+def detect(path: str | os.PathLike[str]) -> str:
+    """Which of `FORMATS` a file or folder is of, by its names and keys alone.
+
+    Raises:
+        ConvLoRAError: no such file, or one of no known format.
+
+    Example:
+        >>> import tempfile, torch, convlora
+        >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write(convlora.adapter(model), f"{folder}/rain", "peft")
+        ...     detect(f"{folder}/rain")
+        'peft'
+    """
+    place = _path("detect", path)
+    if os.path.isdir(place):
+        if os.path.isfile(place / peft.CONFIG):
+            return "peft"
+        inner = sorted(p.parent.name for p in place.glob(f"*/{peft.CONFIG}"))
+        hint = f"; those in it do: {', '.join(inner)}" if inner else ""
+        raise ConvLoRAError(f"read: the folder '{path}' has no {peft.CONFIG}, so it is no PEFT adapter{hint}")
+    if place.name in (peft.CONFIG, peft.WEIGHTS) and os.path.isfile(place.with_name(peft.CONFIG)):
+        return "peft"
+    names, metadata = tensors.header(place)
+    if metadata.get("format") == native.FORMAT:
+        return "convlora"
+    if locon.recognises(names):
+        return "locon"
+    if loralib.recognises(names):
+        return "loralib"
+    if any(".lora_A." in name for name in names):
+        raise ConvLoRAError(f"read: '{path}' holds PEFT tensors without the {peft.CONFIG} that states their scale")
+    raise ConvLoRAError(f"read: '{path}' is no adapter of a known format ({', '.join(FORMATS)})")
+
+
+def read(
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    layers: Mapping[str, WeightSpec] | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    name: str | None = None,
+) -> Adapter:
+    """Read an adapter of any of `FORMATS`; `None` detects which. Nothing in a file is ever executed.
+
+    Args:
+        path: a file, or the folder of a PEFT adapter.
+        format: one of `FORMATS`.
+        layers: those of the base, by `specs_of(model)` or `specs_from_checkpoint(state_dict)`. The adapter is checked
+            against them, and they say what some files do not: the layer paths of a LoCon file, which of a loralib
+            file's layers are convolutions, groups.
+        rank: of a loralib file, where neither `layers` nor the file tell.
+        alpha: of a loralib file.
+        name: of the adapter; by default the one that a file of this library states, else `"default"`.
+
+    Raises:
+        ConvLoRAError: the file is damaged, of no known format, or holds what no low-rank update of weights expresses
+            (DoRA, LoHa, …); it does not fit `layers`, or does not say enough.
+
+    Example:
+        >>> import tempfile, torch, convlora
+        >>> base = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))
+        >>> model = convlora.inject(base, targets="*", rank=2, factors="locon")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write(convlora.adapter(model), f"{folder}/rain.safetensors", "locon")
+        ...     read(f"{folder}/rain.safetensors", layers=specs_of(base), name="rain").config.rank
+        2
+    """
+    place = _path("read", path)
+    kind = detect(place) if format is None else _known("read", format)
+    if kind != "loralib" and (rank is not None or alpha is not None):
+        raise ConvLoRAError(f"read: rank= and alpha= are for loralib files; '{path}' ({kind}) states its own")
+    if layers is not None and not (isinstance(layers, Mapping) and all(map(_is_spec, layers.values()))):
+        raise ConvLoRAError("read: layers= must be {layer path: WeightSpec}; see specs_of and specs_from_checkpoint")
+    if kind == "convlora":
+        adapter = native.read(place)
+    else:
+        try:
+            if kind == "peft":
+                adapter = peft.read(place)
+            elif kind == "locon":
+                adapter = locon.read(place, layers)
+            else:
+                adapter = loralib.read(place, layers, rank, alpha)
+        except ConvLoRAError as error:
+            message = str(error)
+            raise ConvLoRAError(message if message.startswith("read: ") else f"read: '{path}': {message}") from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise ConvLoRAError(f"read: '{path}' is malformed ({one_line(error)})") from None
+    if layers is not None:
+        _check(adapter, layers, path)
+    return adapter if name is None else replace(adapter, config=adapter.config.replace(name=name))
+
+
+def write(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    format: str = "convlora",
+    *,
+    prefix: str | None = None,
+    alpha: float | None = None,
+    overwrite: bool = True,
+) -> None:
+    """Write an adapter in any of `FORMATS`, atomically.
+
+    PEFT and LoCon files hold the factorization `"locon"`, loralib ones `"convlora"`; an adapter of another one is
+    brought to it by `Adapter.refactor`: without loss but for rounding, at the rank that this needs. What other
+    libraries then compute is theirs: PEFT ignores a convolution's dilation and `padding_mode`. Fingerprints stay here.
+
+    Args:
+        adapter: what to write.
+        path: the file (`.safetensors`, or `.pt` for LoCon and loralib), or the folder of a PEFT adapter.
+        format: one of `FORMATS`.
+        prefix: of the keys, for PEFT (`base_model.model.`; `""` as `inject_adapter_in_model` has it) and LoCon
+            (`lycoris`; kohya's scripts: `lora_unet`, …).
+        alpha: for loralib, the one `lora_alpha` that all layers are to be built with; factors are rescaled to it.
+        overwrite: whether to replace what is there.
+
+    Raises:
+        ConvLoRAError: the format cannot express a layer (each names which and why), or the file cannot be written.
+
+    Example:
+        >>> import tempfile, torch, convlora
+        >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write(convlora.adapter(model), f"{folder}/rain.pt", "loralib")
+        ...     read(f"{folder}/rain.pt", rank=2, alpha=2).config.factors
+        'convlora'
+    """
+    if not isinstance(adapter, Adapter):
+        raise ConvLoRAError(f"write: expected an Adapter, got {type(adapter).__name__}; see convlora.adapter(model)")
+    place, kind = _path("write", path), _known("write", format)
+    if prefix is not None and (kind not in ("peft", "locon") or not isinstance(prefix, str)):
+        raise ConvLoRAError(f"write: prefix (={prefix!r}) must be a string, for peft or locon files")
+    if alpha is not None and kind != "loralib":
+        raise ConvLoRAError(f"write: alpha= is for loralib files; {kind} states that of each layer")
+    if not overwrite and (any(place.iterdir()) if os.path.isdir(place) else os.path.lexists(place)):
+        raise ConvLoRAError(f"write: '{path}' exists; overwrite=True replaces it")
+    if kind == "convlora":
+        native.write(adapter, place)
+    elif kind == "peft":
+        peft.write(adapter, place, prefix)
+    elif kind == "locon":
+        locon.write(adapter, place, prefix)
+    else:
+        loralib.write(adapter, place, alpha)
+
+
+def _path(operation: str, path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ConvLoRAError(f"{operation}: path (={path!r}) must be a string or a path")
+    return Path(path)
+
+
+def _is_spec(value: object) -> bool:
+    return isinstance(value, WeightSpec)
+
+
+def _known(operation: str, format: str) -> str:
+    if format not in FORMATS:
+        raise ConvLoRAError(f"{operation}: format (={format!r}) must be one of {', '.join(FORMATS)}")
+    return format
+
+
+def _check(adapter: Adapter, layers: Mapping[str, WeightSpec], path: str | os.PathLike[str]) -> None:
+    """That the base has the layers of an adapter; of bare checkpoints, groups and transposition are guesses."""
+    problems = Problems()
+    for layer_path, layer in adapter.layers.items():
+        spec = layers.get(layer_path)
+        if spec is None:
+            problems.unexpected.append(layer_path)
+        elif spec.shape != layer.spec.shape:
+            problems.mismatched.append(f"{layer_path} {layer.spec.shape}, the base has {spec.shape}")
+    problems.raise_if_any(f"read: '{path}' is not for this base")

@@ -18,7 +18,8 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from torch import Tensor
 
 from convlora.adapter import Adapter, LayerFactors, key
 from convlora.config import AdapterConfig
-from convlora.errors import ConvLoRAError
+from convlora.errors import ConvLoRAError, one_line
 from convlora.factors import WeightSpec
 
 FORMAT, VERSION = "convlora", 1
+OTHERS = "convlora.formats.read reads those of PEFT, LoCon and loralib"
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -52,12 +54,12 @@ def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "convlora.format_version": str(VERSION),
         "config": adapter.config.to_json(),
-        "layers": json.dumps({p: _entry(layer) for p, layer in adapter.layers.items()}, separators=(",", ":")),
+        "layers": describe(adapter.layers),
     }
     if adapter.fingerprint is not None:
         metadata["fingerprint"] = adapter.fingerprint
     metadata["checksum"] = checksum(tensors, metadata)
-    write_atomically(path, _serialize(tensors, metadata))
+    write_atomically(path, serialize(tensors, metadata))
 
 
 def read(path: str | os.PathLike[str]) -> Adapter:
@@ -66,12 +68,13 @@ def read(path: str | os.PathLike[str]) -> Adapter:
         with safetensors.safe_open(os.fspath(path), framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ConvLoRAError(f"read: '{path}' is a safetensors file, but no convlora adapter")
+                raise ConvLoRAError(f"read: '{path}' is a safetensors file, but no convlora adapter; {OTHERS}")
         tensors = from_bytes(Path(path).read_bytes())  # several times as fast as one by one
-    except (SafetensorError, ValueError, OSError, TypeError) as error:
+    except (SafetensorError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, ConvLoRAError):
             raise
-        raise ConvLoRAError(f"read: '{path}' cannot be read as an adapter file ({_one_line(error)})") from None
+        others = "" if isinstance(error, FileNotFoundError) else f"; {OTHERS}"
+        raise ConvLoRAError(f"read: '{path}' cannot be read as an adapter file ({one_line(error)}){others}") from None
     version = metadata.get("convlora.format_version", "")
     if version != str(VERSION):
         raise ConvLoRAError(
@@ -81,14 +84,14 @@ def read(path: str | os.PathLike[str]) -> Adapter:
         raise ConvLoRAError(f"read: '{path}' was altered: its checksum does not match; fetch it again")
     try:
         config = AdapterConfig.from_json(metadata["config"])
-        return Adapter(config, _layers(json.loads(metadata["layers"]), tensors), metadata.get("fingerprint"))
+        return Adapter(config, _layers(metadata["layers"], tensors), metadata.get("fingerprint"))
     except ConvLoRAError as error:
         raise ConvLoRAError(f"read: '{path}': {error}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise ConvLoRAError(f"read: '{path}' has malformed metadata ({_one_line(error)})") from None
+        raise ConvLoRAError(f"read: '{path}' has malformed metadata ({one_line(error)})") from None
 
 
-def _serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file: header length, JSON header, tensors, wide dtypes first so that all of them are aligned.
 
     Put together here since safetensors writes the metadata in random order, and in several times the time.
@@ -149,28 +152,39 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         ConvLoRAError: it cannot be written; no temporary file stays behind.
     """
+    with staged(path, data) as put_in_place:
+        put_in_place()
+
+
+@contextlib.contextmanager
+def staged(path: str | os.PathLike[str], data: bytes) -> Iterator[Callable[[], None]]:
+    """A complete temporary file beside `path`, and the function that renames it to `path`; see `write_atomically`."""
     temporary = None
     try:
         target = Path(os.path.realpath(path))  # a link keeps pointing where it points
         if target.exists() and not target.is_file():
             raise IsADirectoryError("it is a folder or a device")
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~umask()
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, mode)
-        os.replace(temporary, target)
+        made = temporary
+        yield lambda: os.replace(made, target)
     except (OSError, TypeError, ValueError) as error:
-        raise ConvLoRAError(f"write: '{path}' cannot be written ({_one_line(error)})") from None
+        if isinstance(error, ConvLoRAError):
+            raise
+        raise ConvLoRAError(f"write: '{path}' cannot be written ({one_line(error)})") from None
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The mode bits that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -188,14 +202,18 @@ def _entry(layer: LayerFactors) -> list[Any]:
     return entry
 
 
-def _layers(entries: dict[str, list[Any]], tensors: Mapping[str, Tensor]) -> dict[str, LayerFactors]:
-    paths = {name: name.rpartition(".")[::2] for name in tensors}
-    orphans = sorted(name for name, (path, _) in paths.items() if path not in entries)
-    if orphans:
-        raise ConvLoRAError(f"unexpected: {', '.join(orphans)}")
-    own: dict[str, dict[str, Tensor]] = {path: {} for path in entries}
-    for full, (path, name) in paths.items():
-        own[path][name] = tensors[full]
+def describe(layers: Mapping[str, LayerFactors]) -> str:
+    """JSON `{path: [rank, alpha, weight shape, groups, transposed, [alias paths]]}`, trailing defaults left out."""
+    return json.dumps({path: _entry(layer) for path, layer in layers.items()}, separators=(",", ":"))
+
+
+def described(text: str) -> dict[str, LayerFactors]:
+    """The layers that `describe` wrote, without tensors.
+
+    Raises:
+        ConvLoRAError, LookupError, TypeError, ValueError, AttributeError, RecursionError: it did not write this.
+    """
+    entries: dict[str, list[Any]] = json.loads(text)
     layers = {}
     for path, entry in entries.items():
         defaults: list[Any] = [1, 0, []]
@@ -203,9 +221,20 @@ def _layers(entries: dict[str, list[Any]], tensors: Mapping[str, Tensor]) -> dic
         if type(shape) is not list or type(aliases) is not list or transposed not in (0, 1):
             raise ValueError(f"layer {path!r} is described by {entry!r}")
         spec = WeightSpec(tuple(shape), groups, bool(transposed))
-        layers[path] = LayerFactors(own[path], spec, rank, alpha, tuple(map(str, aliases)))
+        layers[path] = LayerFactors({}, spec, rank, alpha, tuple(map(str, aliases)))
     return layers
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _layers(text: str, tensors: Mapping[str, Tensor]) -> dict[str, LayerFactors]:
+    layers = described(text)
+    own: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
+    orphans = []
+    for full, tensor in tensors.items():
+        path, _, name = full.rpartition(".")
+        if path in own:
+            own[path][name] = tensor
+        else:
+            orphans.append(full)
+    if orphans:
+        raise ConvLoRAError(f"unexpected: {', '.join(sorted(orphans))}")
+    return {path: replace(layer, tensors=own[path]) for path, layer in layers.items()}

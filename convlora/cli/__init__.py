@@ -1,0 +1,1 @@
+"""The command `convlora`: thin over the library."""

@@ -1,0 +1,69 @@
+"""The network of a bare checkpoint, where spandrel is installed and knows it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from convlora.adapter import Adapter, LayerFactors
+from convlora.factors import WeightSpec
+from convlora.formats import specs_from_checkpoint, specs_of
+
+
+class Architecture(NamedTuple):
+    """A network with the weights of a checkpoint, and what spandrel calls it."""
+
+    name: str
+    model: nn.Module
+
+
+def recognise(state: Mapping[str, Any]) -> Architecture | None:
+    """The network of a state dict; None without spandrel, or if it knows none."""
+    if importlib.util.find_spec("spandrel") is None:
+        return None
+    spandrel = importlib.import_module("spandrel")
+    try:
+        descriptor = spandrel.ModelLoader(device="cpu").load_from_state_dict(dict(state))
+    except Exception:  # each architecture raises its own for weights that only look like it
+        return None
+    return Architecture(descriptor.architecture.name, descriptor.model)
+
+
+def layers_of(state: Mapping[str, Any]) -> dict[str, WeightSpec]:
+    """The layers of a checkpoint, and those of its network where it is known: their names may differ."""
+    known = recognise(state)
+    return {**specs_from_checkpoint(state), **(specs_of(known.model) if known else {})}
+
+
+def renamed(adapter: Adapter, state: Mapping[str, Any]) -> Adapter:
+    """The adapter of a network with the layer names of its checkpoint, where loading changes them.
+
+    spandrel's ESRGAN, for one, names layers in one way whatever the file does. A layer is found by its weight's values.
+    The adapter comes back as it is where the network is unknown or a layer is not found exactly once.
+    """
+    known = recognise(state)
+    if known is None:
+        return adapter
+    stored = {n.removesuffix(".weight"): v for n, v in state.items() if n.endswith(".weight") and _is_floating(v)}
+    modules = dict(known.model.named_modules())
+    layers: dict[str, LayerFactors] = {}
+    for path, layer in adapter.layers.items():
+        weight = getattr(modules.get(path), "weight", None)
+        found = [name for name, value in stored.items() if isinstance(weight, Tensor) and _same(value, weight)]
+        if len(found) != 1:
+            return adapter
+        layers[found[0]] = LayerFactors(layer.tensors, layer.spec, layer.rank, layer.alpha)
+    return Adapter(adapter.config, layers, adapter.fingerprint) if len(layers) == len(adapter.layers) else adapter
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _same(stored: Tensor, loaded: Tensor) -> bool:
+    return stored.shape == loaded.shape and torch.equal(stored.to(loaded.dtype), loaded)

@@ -1,0 +1,111 @@
+"""What the commands read, and where they may write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convlora import formats
+from convlora.adapter import Adapter, key
+from convlora.checkpoint import misfits
+from convlora.cli.architecture import layers_of, renamed
+from convlora.errors import ConvLoRAError
+from convlora.files import Checkpoint
+from convlora.formats.native import fingerprint
+from convlora.targets import nearest
+
+OTHER_BASE = "'{}' was trained on another base of the same shapes, or on another precision of it"
+
+
+def read_adapter(
+    path: Path, base: Checkpoint | None, *, rank: int | None = None, alpha: float | None = None, name: str | None = None
+) -> Adapter:
+    """An adapter of any format; of the base come the layers that a foreign file does not describe."""
+    format = formats.detect(path)
+    layers = layers_of(base.state) if base is not None and format in ("locon", "loralib") else None
+    try:
+        return formats.read(path, format, layers=layers, rank=rank, alpha=alpha, name=name)
+    except ConvLoRAError as error:
+        if format == "loralib" and rank is None and alpha is None:
+            raise ConvLoRAError(f"{error}; `convlora convert` takes --alpha, --rank and --base") from None
+        raise
+
+
+def read_base(path: Path | None) -> Checkpoint | None:
+    """The checkpoint that an option names, if it does."""
+    return None if path is None else Checkpoint.read(path)
+
+
+def place(adapter: Adapter, state: Mapping[str, Any], file: Path, base: Path, command: str) -> Adapter:
+    """The adapter with the layer names of a checkpoint.
+
+    Raises:
+        ConvLoRAError: it does not fit; all that is missing or mismatched is listed.
+    """
+    placed = renamed(adapter, state) if misfits(adapter, state) else adapter
+    problems = misfits(placed, state)
+    if problems:
+        remedy = f"; {nearest(problems.missing[0], state)}" if problems.missing else ""
+        raise ConvLoRAError(f"{command}: '{file}' does not fit '{base}': {problems}{remedy}")
+    return placed
+
+
+def same_base(adapter: Adapter, placed: Adapter, state: Mapping[str, Any]) -> bool | None:
+    """Whether the checkpoint is the base that was adapted, as stored or read in float32; None if the file tells not."""
+    if adapter.fingerprint is None:
+        return None
+    weights = {was: state[key(now, "weight")] for was, now in zip(adapter.layers, placed.layers, strict=True)}
+    read = {path: weight.to(torch.float32) for path, weight in weights.items()}
+    return adapter.fingerprint in (fingerprint(weights), fingerprint(read))
+
+
+def per_adapter(values: Sequence[float], adapters: Sequence[Path], command: str, option: str) -> list[float]:
+    """One value for each adapter: given once for each, or once for all; 1 by default."""
+    if len(values) not in (0, 1, len(adapters)):
+        raise ConvLoRAError(
+            f"{command}: {len(values)} times {option} for {len(adapters)} adapters; give it once, or once for each"
+        )
+    return list(values) if len(values) == len(adapters) else [*values, 1.0][:1] * len(adapters)
+
+
+def one_of(command: str, rank: int | None, energy: float | None) -> None:
+    """Exactly one of two options.
+
+    Raises:
+        ConvLoRAError: none or both are given.
+    """
+    if (rank is None) == (energy is None):
+        raise ConvLoRAError(f"{command}: give either --rank or --energy")
+
+
+def check_output(path: Path, inputs: Sequence[Path | None], force: bool, command: str, suffixes: Sequence[str]) -> None:
+    """Refuse an output that would be of another kind than its name says, or would cost a file.
+
+    Raises:
+        ConvLoRAError: its suffix is none of `suffixes` (if any are given), its folder does not exist, it is an input
+            or would replace a folder around one, or it exists and `force` is false.
+    """
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ConvLoRAError(f"{command}: '{path}' must end in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise ConvLoRAError(f"{command}: '{path}' cannot be written; there is no folder '{path.parent}'")
+    for source in inputs:
+        if source is not None and source.exists() and _overlap(path, source):
+            raise ConvLoRAError(f"{command}: '{path}' is an input ('{source}'); write to another place")
+    if not force and (path.exists() or path.is_symlink()):
+        raise ConvLoRAError(f"{command}: '{path}' exists; --force overwrites it")
+
+
+def _overlap(path: Path, source: Path) -> bool:
+    """Whether two paths are one, or one of them lies in the other."""
+    ours, theirs = path.resolve(), source.resolve()
+    same = path.exists() and path.samefile(source)
+    return same or ours == theirs or ours in theirs.parents or (source.is_dir() and theirs in ours.parents)
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    return sum(f.stat().st_size for f in path.iterdir() if f.is_file()) if path.is_dir() else path.stat().st_size

@@ -1,0 +1,274 @@
+"""The commands that look at files: info, diff, layers, verify."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from convlora import formats
+from convlora.adapter import BIAS, Adapter, LayerFactors
+from convlora.algebra import dense
+from convlora.checkpoint import apply
+from convlora.cli.architecture import recognise
+from convlora.cli.console import emit, progress
+from convlora.cli.inputs import OTHER_BASE, place, read_adapter, read_base, same_base, size
+from convlora.cli.options import BaseOption, File, Json
+from convlora.config import AdapterConfig
+from convlora.errors import ConvLoRAError
+from convlora.factors import WeightSpec
+from convlora.files import Checkpoint
+from convlora.formats import specs_from_checkpoint, specs_of
+from convlora.progress import steps
+from convlora.table import table
+from convlora.targets import nearest, per_layer, select
+
+
+def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
+    """Show what is in an adapter.
+
+    Config, layers, ranks, sizes, the Frobenius norm of each ΔW, and the fingerprint of the base. Reading checks the
+    file: one that is damaged is an error.
+
+    \b
+    Examples:
+      convlora info rain.safetensors
+      convlora info rain.safetensors --json | jq '.layers | map_values(.rank)'
+    """
+    adapter = read_adapter(file, read_base(base))
+    format = formats.detect(file)
+    with progress("norms"):
+        layers = {path: _describe(adapter.config, layer) for path, layer in steps(adapter.layers.items())}
+    report = {
+        "file": str(file),
+        "format": format,
+        "bytes": size(file),
+        "checksum": "ok" if format == "convlora" else None,
+        "fingerprint": adapter.fingerprint,
+        "name": adapter.config.name,
+        "factors": adapter.config.factors,
+        "config": json.loads(adapter.config.to_json()),
+        "dtypes": sorted({str(t.dtype) for layer in adapter.layers.values() for t in layer.tensors.values()}),
+        "parameters": sum(layer["parameters"] for layer in layers.values()),
+        "layers": layers,
+    }
+    rows = [
+        [path, _show(layer.spec), str(layer.rank), f"{layer.alpha:g}", f"{d['scale']:g}", f"{d['parameters']:,}",
+         f"{d['norm']:.4g}"]
+        for (path, layer), d in zip(adapter.layers.items(), layers.values(), strict=True)
+    ]  # fmt: skip
+    facts = {
+        "file": f"{file}, {report['bytes']:,} bytes",
+        "format": f"{format}, checksum {report['checksum'] or 'none'}",
+        "base": adapter.fingerprint or "fingerprint unknown",
+        "config": adapter.config.to_json(),
+        "dtype": ", ".join(report["dtypes"]).replace("torch.", ""),
+    }
+    head = "\n".join(f"{name:8}{text}" for name, text in facts.items())
+    columns = ["layer", "weight", "rank", "alpha", "scale", "parameters", "‖ΔW‖"]
+    foot = f"{len(layers)} layers, {report['parameters']:,} parameters"
+    emit(report, f"{head}\n\n{table(columns, rows, right=5)}\n{foot}", as_json)
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Adapter of any format.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Adapter of any format, also another.")],
+    base: BaseOption = None,
+    as_json: Json = False,
+) -> None:
+    """Compare what two adapters do, layer by layer.
+
+    The distance is the Frobenius norm of the difference of both ΔW, relative to the larger of their norms: 0 for the
+    same update, whatever its factors, and at most 2. Formats may differ.
+
+    \b
+    Example:
+      convlora diff rain.safetensors rain-small.safetensors
+    """
+    checkpoint = read_base(base)
+    ours, theirs = read_adapter(a, checkpoint), read_adapter(b, checkpoint)
+    both = [path for path in ours.layers if path in theirs.layers]
+    other = [path for path in both if ours.layers[path].spec != theirs.layers[path].spec]
+    with progress("distances"):
+        layers = {
+            path: _compare(ours.config, ours.layers[path], theirs.config, theirs.layers[path])
+            for path in steps(both)
+            if path not in other
+        }
+    report: dict[str, Any] = {
+        "a": str(a),
+        "b": str(b),
+        "same_layers": set(ours.layers) == set(theirs.layers) and not other,
+        "only_a": [path for path in ours.layers if path not in theirs.layers],
+        "only_b": [path for path in theirs.layers if path not in ours.layers],
+        "other_weights": other,
+        "largest_distance": max((d for each in layers.values() for d in each["distance"].values()), default=None),
+        "layers": layers,
+    }
+    rows = [
+        [path, *map(str, each["rank"]), *(f"{norm:.4g}" for norm in each["norm"]),
+         "  ".join(f"{d:.3g}" + (" (bias)" if kind == "bias" else "") for kind, d in each["distance"].items())]
+        for path, each in layers.items()
+    ]  # fmt: skip
+    lines = [table(["layer", "rank A", "rank B", "‖ΔW‖ A", "‖ΔW‖ B", "distance"], rows, right=5)] if rows else []
+    for what, paths in (("only in A", report["only_a"]), ("only in B", report["only_b"]), ("other weights", other)):
+        lines += [f"{what}: {', '.join(paths)}"] if paths else []
+    distance = report["largest_distance"]
+    lines += [f"{len(layers)} layers in both" + ("" if distance is None else f", largest distance {distance:.3g}")]
+    emit(report, "\n".join(lines), as_json)
+
+
+def layers(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights of a network.")],
+    patterns: Annotated[list[str] | None, typer.Argument(metavar="PATTERN", help="Targets, as `inject`'s.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="What PATTERN must not select; repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the layers that patterns select.
+
+    Without a pattern, all that can be adapted. With spandrel installed, of the network that it recognises in the
+    checkpoint: with module classes and groups, and under the names that `convlora.inject` sees. Otherwise of the bare
+    weights, each as of an ungrouped layer.
+
+    \b
+    Examples:
+      convlora layers RealESRGAN_x4plus.pth
+      convlora layers RealESRGAN_x4plus.pth "*.conv[12].0" --exclude "*.RDB3.*"
+    """
+    state = Checkpoint.read(checkpoint).state
+    known = recognise(state)
+    every = specs_of(known.model) if known else specs_from_checkpoint(state)
+    if not every:
+        raise ConvLoRAError(f"layers: '{checkpoint}' has no layer that can be adapted")
+    wanted, unwanted = patterns or ["*"], exclude or []
+    if known:
+        found, idle = select(known.model, wanted, unwanted, "layers")
+        if idle:
+            raise ConvLoRAError(f"layers: --exclude {idle[0]!r} selects no layer; {nearest(str(idle[0]), every)}")
+        kinds: dict[str, str | None] = {path: type(layer).__name__ for path, layer in found.items()}
+    else:
+        verdicts = per_layer(
+            {**dict.fromkeys(wanted, True), **dict.fromkeys(unwanted, False)}, False, every, "layers", "target"
+        )
+        kinds = {path: None for path, selected in verdicts.items() if selected}
+        if not kinds:
+            raise ConvLoRAError("layers: --exclude leaves no layer of those that the patterns select")
+    report = {
+        "checkpoint": str(checkpoint),
+        "architecture": known.name if known else None,
+        "adaptable": len(every),
+        "selected": len(kinds),
+        "weights": sum(math.prod(every[path].shape) for path in kinds),
+        "layers": {
+            path: {"type": kind, "shape": list(every[path].shape), "groups": every[path].groups,
+                   "transposed": every[path].transposed}
+            for path, kind in kinds.items()
+        },
+    }  # fmt: skip
+    rows = [
+        [path, kind or "–", _show(every[path]), str(every[path].groups), f"{math.prod(every[path].shape):,}"]
+        for path, kind in kinds.items()
+    ]
+    of = known.name if known else "the bare checkpoint, groups unknown"
+    foot = f"{len(kinds)} of {len(every)} layers of {of}; {report['weights']:,} weights"
+    text = table(["layer", "type", "weight", "groups", "weights"], rows, right=2)
+    emit(report, f"{text}\n{foot}", as_json)
+
+
+def verify(
+    file: File,
+    base: Annotated[
+        Path | None, typer.Option("--base", metavar="CHECKPOINT", help="Also check that it fits, and was adapted.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check that an adapter is sound and fits.
+
+    Checksum and finite values; with --base also that it fits the checkpoint and that this base was adapted. Exit code 1
+    if anything is wrong, with the report on stdout all the same.
+
+    \b
+    Example:
+      convlora verify rain.safetensors --base span.safetensors
+    """
+    checkpoint = read_base(base)
+    report: dict[str, Any] = {"file": str(file), "base": str(base) if base else None, "ok": True, "checks": {}}
+    checks = report["checks"]
+    try:
+        adapter = read_adapter(file, checkpoint)
+    except ConvLoRAError as error:
+        checks["file"] = {"ok": False, "what": _cause(error)}
+    else:
+        checksum = "checksum right" if formats.detect(file) == "convlora" else "the format has no checksum"
+        checks["file"] = {"ok": True, "what": f"{len(adapter.layers)} layers, {checksum}, all values finite"}
+        if checkpoint is not None and base is not None:
+            checks.update(_against(adapter, file, checkpoint, base))
+    failed = [name for name, check in checks.items() if check["ok"] is False]
+    report["ok"] = not failed
+    words = {True: "ok", False: "FAILED", None: "unknown"}
+    rows = [[name, words[check["ok"]], check["what"]] for name, check in checks.items()]
+    emit(report, table(["check", "result", "what"], rows), as_json)
+    if failed:
+        raise ConvLoRAError(f"verify: {'; '.join(checks[name]['what'] for name in failed)}")
+
+
+def _against(adapter: Adapter, file: Path, checkpoint: Checkpoint, base: Path) -> dict[str, dict[str, Any]]:
+    """What becomes of an adapter on a base: whether it fits, and whether the base is the one that was adapted."""
+    state = checkpoint.fitting(adapter.layers).state
+    try:
+        placed = place(adapter, state, file, base, "verify")
+        with progress("merging"):
+            apply([(placed, 1.0)], state)
+    except ConvLoRAError as error:
+        return {"fits": {"ok": False, "what": _cause(error)}}
+    same = same_base(adapter, placed, state)
+    words = {True: f"'{base}' was adapted", False: OTHER_BASE.format(file)}
+    return {
+        "fits": {"ok": True, "what": f"on '{base}', merged values finite"},
+        "fingerprint": {"ok": same, "what": words.get(same, "the file names no base")},  # type: ignore[arg-type]
+    }
+
+
+def _cause(error: ConvLoRAError) -> str:
+    """Its message without the operation."""
+    return str(error).partition(": ")[2]
+
+
+def _describe(config: AdapterConfig, layer: LayerFactors) -> dict[str, Any]:
+    return {
+        "shape": list(layer.spec.shape),
+        "groups": layer.spec.groups,
+        "transposed": layer.spec.transposed,
+        "rank": layer.rank,
+        "alpha": layer.alpha,
+        "scale": config.scale(layer.rank, layer.alpha),
+        "parameters": sum(t.numel() for t in layer.tensors.values()),
+        "norm": float(dense(config, layer).norm()),
+        "bias_norm": float(layer.tensors[BIAS].double().norm()) if BIAS in layer.tensors else None,
+        "aliases": list(layer.aliases),
+    }
+
+
+def _compare(config: AdapterConfig, ours: LayerFactors, other: AdapterConfig, theirs: LayerFactors) -> dict[str, Any]:
+    one, two = dense(config, ours), dense(other, theirs)
+    distance = {"weight": _distance(one, two)}
+    if BIAS in ours.tensors or BIAS in theirs.tensors:
+        biases = [layer.tensors[BIAS].double() if BIAS in layer.tensors else None for layer in (ours, theirs)]
+        known = next(bias for bias in biases if bias is not None)
+        distance["bias"] = _distance(*(known.new_zeros(known.shape) if bias is None else bias for bias in biases))
+    return {"rank": [ours.rank, theirs.rank], "norm": [float(one.norm()), float(two.norm())], "distance": distance}
+
+
+def _distance(one: Any, two: Any) -> float:
+    """‖one - two‖ relative to the larger norm; 0 for two zeros."""
+    larger = max(float(one.norm()), float(two.norm()))
+    return float((one - two).norm()) / larger if larger else 0.0
+
+
+def _show(spec: WeightSpec) -> str:
+    return "×".join(map(str, spec.shape)) + (" transposed" if spec.transposed else "")

@@ -1,0 +1,274 @@
+"""The commands that make files: merge, extract, resize, combine, convert."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from convlora import formats
+from convlora.adapter import Adapter
+from convlora.checkpoint import apply
+from convlora.cli.architecture import layers_of
+from convlora.cli.console import emit, progress
+from convlora.cli.inputs import (
+    OTHER_BASE,
+    check_output,
+    one_of,
+    per_adapter,
+    place,
+    read_adapter,
+    read_base,
+    same_base,
+    size,
+)
+from convlora.cli.options import Adapters, Base, BaseOption, Energy, File, Force, Form, Json, Name, Out, Rank
+from convlora.errors import ConvLoRAError, ConvLoRAWarning
+from convlora.files import SAFETENSORS, SUFFIXES, Checkpoint
+from convlora.table import table
+
+ROUNDING = 1e-6  # of float32 factors: an error below it is none
+NEEDED = {"peft": "locon", "locon": "locon", "loralib": "convlora"}  # the factorization that a format can hold
+
+
+def merge(
+    base: Base,
+    adapters: Adapters,
+    out: Out,
+    strength: Annotated[
+        list[float] | None,
+        typer.Option("--strength", "-s", metavar="X", help="Of each adapter in turn, or one for all. Default: 1."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Merge adapters into a checkpoint.
+
+    The result is for every program that loads the base. Works on the bare weights, no network needed; key order,
+    dtypes, nesting, metadata and all other weights stay. Where a file holds `params_ema` and `params`, the former is
+    adapted. A base other than the one that was adapted gives a warning: for a fine-tuned base that is meant.
+
+    \b
+    Examples:
+      convlora merge span.safetensors rain.safetensors -o rainy.safetensors
+      convlora merge span.safetensors rain.safetensors snow.safetensors -s 0.7 -s 0.3 -o both.safetensors
+    """
+    check_output(out, [base, *adapters], force, "merge", SUFFIXES)
+    strengths = per_adapter(strength or [], adapters, "merge", "--strength")
+    checkpoint = Checkpoint.read(base)
+    loaded = [read_adapter(file, checkpoint) for file in adapters]
+    checkpoint = checkpoint.fitting([path for adapter in loaded for path in adapter.layers])
+    state = checkpoint.state
+    placed = [place(adapter, state, file, base, "merge") for adapter, file in zip(loaded, adapters, strict=True)]
+    with progress("merging"):
+        merged = apply(list(zip(placed, strengths, strict=True)), state)
+    same = [same_base(adapter, there, state) for adapter, there in zip(loaded, placed, strict=True)]
+    for file, verdict in zip(adapters, same, strict=True):
+        if verdict is False:
+            _warn(f"merge: {OTHER_BASE.format(file)}")
+    if checkpoint.beside:
+        _warn(f"merge: '{checkpoint.where[-1]}' is adapted; {', '.join(checkpoint.beside)} beside it stays as it was")
+    checkpoint.write(out, merged)
+    changed = sum(merged[name] is not state[name] for name in state)
+    report = {
+        "output": str(out),
+        "bytes": out.stat().st_size,
+        "base": str(base),
+        "tensors": len(state),
+        "changed": changed,
+        "adapters": [
+            {"file": str(file), "strength": each, "layers": len(adapter.layers), "same_base": verdict}
+            for file, each, adapter, verdict in zip(adapters, strengths, loaded, same, strict=True)
+        ],
+    }
+    emit(report, f"{out}: {changed} of {len(state)} tensors adapted, {report['bytes']:,} bytes", as_json)
+
+
+def extract(
+    base: Base,
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="Checkpoint of the same network, fine-tuned.")],
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+    factors: Annotated[Form, typer.Option("--factors", help="Factorization.")] = "convlora",
+    name: Name = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make an adapter of two checkpoints.
+
+    It turns one into the other, as nearly as its rank allows. The error of a layer is what the rank leaves out,
+    relative to the whole difference in the Frobenius norm. Layers have the names of the checkpoint; groups come from
+    spandrel where it is installed and knows the network.
+
+    \b
+    Example:
+      convlora extract span.safetensors tuned.safetensors -o tuned-lora.safetensors --energy 0.9
+    """
+    check_output(out, [base, tuned], force, "extract", [SAFETENSORS])
+    one_of("extract", rank, energy)
+    before, after = Checkpoint.read(base).state, Checkpoint.read(tuned).state
+    if not set(before) & set(after):
+        raise ConvLoRAError(f"extract: '{base}' and '{tuned}' have no name in common; are they of one network?")
+    specs = {
+        path: spec
+        for path, spec in layers_of(before).items()
+        if tuple(getattr(before.get(f"{path}.weight"), "shape", ())) == spec.shape
+    }
+    with progress("extracting"):
+        adapter = Adapter.extract(
+            before, after, rank=rank, energy=energy, factors=factors, name=name or "default", specs=specs
+        )
+    _write(adapter, out, as_json)
+
+
+def resize(
+    file: File,
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+    base: BaseOption = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make the nearest adapter of lower rank.
+
+    The error of a layer is what is lost, relative to its ΔW in the Frobenius norm.
+
+    \b
+    Examples:
+      convlora resize rain.safetensors -o small.safetensors --rank 1
+      convlora resize rain.safetensors -o small.safetensors --energy 0.95
+    """
+    check_output(out, [file, base], force, "resize", [SAFETENSORS])
+    one_of("resize", rank, energy)
+    adapter = read_adapter(file, read_base(base))
+    with progress("resizing"):
+        small = adapter.resize(rank=rank, energy=energy)
+    _write(small, out, as_json)
+
+
+def combine(
+    adapters: Adapters,
+    out: Out,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option("--weight", "-w", metavar="X", help="Of each adapter in turn, or one for all. Default: 1."),
+    ] = None,
+    factors: Annotated[Form | None, typer.Option("--factors", help="Bring all to this factorization first.")] = None,
+    name: Name = None,
+    base: BaseOption = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make one adapter of several.
+
+    It is the weighted sum of their ΔW. Exact; ranks add up, and `resize` lowers them.
+
+    \b
+    Example:
+      convlora combine rain.safetensors snow.safetensors -o both.safetensors --weight 0.7 --weight 0.3
+    """
+    check_output(out, [*adapters, base], force, "combine", [SAFETENSORS])
+    weights = per_adapter(weight or [], adapters, "combine", "--weight")
+    checkpoint = read_base(base)
+    loaded = [read_adapter(file, checkpoint, name=name) for file in adapters]
+    if factors is not None:
+        with progress("refactoring"):
+            loaded = [adapter.refactor(factors) for adapter in loaded]
+    kinds = {adapter.config.factors for adapter in loaded}
+    if len(kinds) > 1:
+        raise ConvLoRAError(
+            f"combine: the factorizations differ ({', '.join(sorted(kinds))}); --factors brings all to one"
+        )
+    _write(Adapter.combine(loaded, weights), out, as_json)
+
+
+def convert(
+    file: File,
+    out: Out,
+    to: Annotated[Literal["convlora", "peft", "locon", "loralib"], typer.Option("--to", help="Format of OUT.")],
+    factors: Annotated[
+        Form | None,
+        typer.Option("--factors", help="Other factorization, for --to convlora; the other formats hold one each."),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None, typer.Option("--dtype", help="Of the tensors in OUT.")
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", metavar="TEXT", help="Of the keys in OUT; default: the format's own.")
+    ] = None,
+    name: Name = None,
+    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="Of a loralib FILE, which has none.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", metavar="X", help="`lora_alpha` of a loralib FILE or OUT.")
+    ] = None,
+    base: BaseOption = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter in another format.
+
+    Or in another factorization or dtype. The update stays the same but for rounding. peft: a folder that PEFT's
+    `PeftModel.from_pretrained` loads. locon: one file, as kohya and LyCORIS write it. loralib: a state dict of
+    microsoft/LoRA. From `convlora` factors to the first two, a k×k layer of rank r needs up to k²·r ranks; `resize`
+    lowers them.
+
+    \b
+    Examples:
+      convlora convert rain.safetensors --to locon -o rain-locon.safetensors
+      convlora convert rain-locon.safetensors --to convlora --base span.safetensors -o again.safetensors
+      convlora convert rain.safetensors --to convlora --dtype float16 -o half.safetensors
+    """
+    check_output(out, [file, base], force, "convert", [] if to == "peft" else _suffixes(to))
+    checkpoint = read_base(base)
+    reading = formats.detect(file)
+    adapter = read_adapter(file, checkpoint, rank=rank, alpha=alpha if reading == "loralib" else None, name=name)
+    form = NEEDED.get(to, factors or adapter.config.factors)
+    if factors not in (None, form):
+        raise ConvLoRAError(f"convert: {to} files hold {form!r} factors only; leave --factors out")
+    with progress("refactoring"):
+        adapter = adapter.refactor(form)
+    errors = adapter.errors
+    if dtype is not None:
+        adapter = adapter.to(getattr(torch, dtype))
+    formats.write(adapter, out, to, prefix=prefix, alpha=None if reading == "loralib" else alpha, overwrite=force)
+    _report(adapter, errors, out, to, as_json)
+
+
+def _write(adapter: Adapter, out: Path, as_json: bool) -> None:
+    adapter.write(out)
+    _report(adapter, adapter.errors, out, "convlora", as_json)
+
+
+def _report(adapter: Adapter, errors: Mapping[str, float], out: Path, format: str, as_json: bool) -> None:
+    """The size of what was written, the ranks, and per layer what the command left out."""
+    parameters = sum(t.numel() for layer in adapter.layers.values() for t in layer.tensors.values())
+    report = {
+        "output": str(out),
+        "bytes": size(out),
+        "format": format,
+        "factors": adapter.config.factors,
+        "parameters": parameters,
+        "largest_error": max(errors.values(), default=0.0),
+        "layers": {
+            path: {"rank": layer.rank, "error": errors.get(path, 0.0)} for path, layer in adapter.layers.items()
+        },
+    }
+    lossy = [[path, str(layer.rank), f"{errors[path]:.3g}"] for path, layer in adapter.layers.items()
+             if errors.get(path, 0.0) > ROUNDING]  # fmt: skip
+    lines = [table(["layer", "rank", "error"], lossy, right=2)] if lossy else []
+    lines += [f"{out}: {len(adapter.layers)} layers, {parameters:,} parameters, {report['bytes']:,} bytes"]
+    emit(report, "\n".join(lines), as_json)
+
+
+def _suffixes(format: str) -> Sequence[str]:
+    return [SAFETENSORS] if format == "convlora" else SUFFIXES
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, ConvLoRAWarning, stacklevel=2)

@@ -1,0 +1,27 @@
+"""The arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Form = Literal["convlora", "locon"]
+
+Base = Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint: .safetensors, or .pth and its like.")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="Adapter of any format.")]
+Adapters = Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Adapters of any format.")]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite OUT.")]
+Json = Annotated[bool, typer.Option("--json", help="Report as JSON.")]
+Rank = Annotated[int | None, typer.Option("--rank", metavar="N", help="At most this rank in every layer.")]
+Energy = Annotated[
+    float | None,
+    typer.Option("--energy", metavar="SHARE", help="The lowest ranks that keep this share of the squared norm."),
+]
+Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the adapter on a model.")]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option("--base", metavar="CHECKPOINT", help="The base, for files that do not say enough about its layers."),
+]

@@ -1,0 +1,252 @@
+r"""A PEFT directory: `adapter_model.safetensors` and `adapter_config.json`, as of peft 0.21.
+
+Keys are `base_model.model.<path>.lora_A.weight` and `.lora_B.weight`, with `.lora_B.bias` where `lora_bias` is set; the
+prefix is missing in what `inject_adapter_in_model` made, and a raw state dict has the adapter's name before the last
+dot. A convolution's A is `(r, in, *kernel)` and its B `(out, r, 1…)`, a Linear's `(r, in)` and `(out, r)`: the
+factorization `"locon"`. The scale is in the config: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`;
+`rank_pattern` and `alpha_pattern` override r and `lora_alpha`, the first key that matches as `(.*\.)?(key)$` counts.
+
+PEFT computes an adapted convolution as two convolutions that know nothing of the base's dilation and `padding_mode`:
+such layers fail there, or give another output, whatever wrote the file. It makes both of the base layer's own class,
+so subclasses with another constructor fail, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convlora.adapter import BIAS, Adapter, LayerFactors
+from convlora.algebra import assemble
+from convlora.config import AdapterConfig, is_number
+from convlora.errors import ConvLoRAError, Problems, one_line
+from convlora.factors import WeightSpec
+from convlora.formats.native import serialize
+from convlora.formats.tensors import load, write_folder
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+
+_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))??\.(?P<kind>weight|bias)")
+_NAMES = {("A", "weight"): "lora_A", ("B", "weight"): "lora_B", ("B", "bias"): BIAS}
+
+# What a config may switch on that an update W + s·B·A of a layer's weight does not express.
+_REFUSED = {
+    "use_dora": "DoRA rescales the whole weight",
+    "modules_to_save": "it holds whole modules beside the adapters",
+    "fan_in_fan_out": "its base weights are stored transposed",
+    "target_parameters": "it adapts bare parameters, which are no layers",
+    "trainable_token_indices": "it holds rows of embeddings",
+    "layer_replication": "it repeats layers of the base",
+    "alora_invocation_tokens": "aLoRA acts on some tokens only",
+    "arrow_config": "Arrow chooses among adapters for each token",
+    "kasa_config": "KaSA changes the base and has a diagonal of its own",
+    "monteclora_config": "MonteCLoRA samples its factors",
+    "use_bdlora": "BD-LoRA has block-diagonal factors",
+    "use_qalora": "QALoRA pools its input",
+}
+_HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights
+_TENSORS = {
+    "lora_magnitude_vector": "DoRA rescales the whole weight",
+    "lora_embedding_": "embeddings are no convolutions or Linear layers",
+    "modules_to_save": "it holds whole modules beside the adapters",
+}
+
+
+def read(path: str | os.PathLike[str]) -> Adapter:
+    """Read a PEFT directory; see `convlora.formats.read`."""
+    folder = Path(path) if os.path.isdir(path) else Path(path).parent
+    settings = _settings(folder)
+    _refuse(settings)
+    if not os.path.isfile(folder / WEIGHTS) and os.path.isfile(folder / PICKLE):
+        raise ConvLoRAError(f"{PICKLE} is a pickle, which can run code; save with safe_serialization=True in PEFT")
+    tensors = _by_layer(load(folder / WEIGHTS)[0])
+    scaling = "sqrt" if settings.get("use_rslora") else "linear"
+    config = AdapterConfig(targets="*", factors="locon", rank_scaling=scaling)
+    ranks, alphas = _patterns(settings, "rank_pattern"), _patterns(settings, "alpha_pattern")
+    problems = Problems()
+    layers = {}
+    for layer, own in tensors.items():
+        stated = _values(ranks, layer, settings.get("r", 8))
+        alpha = _values(alphas, layer, settings.get("lora_alpha", 8))[0]
+        missing = [f"{layer}.{name}" for name in ("lora_A", "lora_B") if name not in own]
+        problems.missing += missing
+        if missing:
+            continue
+        rank = own["lora_A"].shape[0] if own["lora_A"].dim() else 0
+        if not all(type(r) is int and r > 0 for r in stated) or not is_number(alpha):
+            raise ConvLoRAError(f"{CONFIG}: '{layer}' has r={stated[0]!r}, lora_alpha={alpha!r}")
+        if rank not in stated:  # saving sorts the patterns, so the first that matches need not be that of training
+            problems.mismatched.append(f"{layer}.lora_A {tuple(own['lora_A'].shape)}, {CONFIG} has r={stated[0]}")
+            continue
+        layers[layer] = _layer(layer, own, rank, alpha, config.scale(rank, alpha))
+    problems.raise_if_any("PEFT")
+    return assemble(config, layers)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConvLoRAError(f"{CONFIG} cannot be read ({one_line(error)})") from None
+    if not isinstance(settings, dict):
+        raise ConvLoRAError(f"{CONFIG} holds no JSON object")
+    return settings
+
+
+def _refuse(settings: Mapping[str, Any]) -> None:
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise ConvLoRAError(f"peft_type is {kind!r}; only LORA is a low-rank update of weights")
+    for name, reason in _REFUSED.items():
+        if settings.get(name):
+            raise ConvLoRAError(f"{CONFIG} has {name}: {reason}, which no low-rank update of a weight expresses")
+    if settings.get("bias", "none") != "none":
+        raise ConvLoRAError(f"bias is {settings['bias']!r}: PEFT stores the base's biases then, not what changed")
+    init = settings.get("init_lora_weights")
+    if init not in _HARMLESS_INITS:
+        raise ConvLoRAError(
+            f"init_lora_weights is {init!r}, which changes the base's weights; "
+            "in PEFT, save with path_initial_model_for_weight_conversion="
+        )
+
+
+def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Layer path -> tensor name of the library -> values."""
+    prefix = PREFIX if all(name.startswith(PREFIX) for name in tensors) else ""
+    layers: dict[str, dict[str, Tensor]] = {}
+    adapters = set()
+    problems = Problems()
+    for full, tensor in tensors.items():
+        for part, reason in _TENSORS.items():
+            if part in full:
+                raise ConvLoRAError(f"'{full}': {reason}, which no low-rank update of a weight expresses")
+        match = _KEY.fullmatch(full.removeprefix(prefix))
+        name = _NAMES.get((match["factor"], match["kind"])) if match else None
+        if match is None or name is None:
+            problems.unexpected.append(full)
+            continue
+        adapters.add(match["adapter"])
+        layers.setdefault(match["path"], {})[name] = tensor
+    problems.raise_if_any("PEFT")
+    if len(adapters) > 1:
+        raise ConvLoRAError(f"{WEIGHTS} holds several adapters: {', '.join(sorted(map(str, adapters)))}")
+    return layers
+
+
+def _patterns(settings: Mapping[str, Any], field: str) -> dict[str, Any]:
+    patterns = settings.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise ConvLoRAError(f"{CONFIG}: {field} is no JSON object")
+    return patterns
+
+
+def _values(patterns: Mapping[str, Any], layer: str, default: Any) -> list[Any]:
+    """The values of the patterns that match a layer, as PEFT's `get_pattern_key` matches them; else the default."""
+    values = []
+    for pattern, value in patterns.items():
+        # Python cannot stop a search, and these can take for ever.
+        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
+            raise ConvLoRAError(f"{CONFIG}: pattern {pattern!r} repeats too much to be searched safely")
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", layer):
+                values.append(value)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ConvLoRAError(f"{CONFIG}: {pattern!r} is no regular expression ({error})") from None
+    return values or [default]
+
+
+def _layer(path: str, own: Mapping[str, Tensor], rank: int, alpha: float, scale: float) -> LayerFactors:
+    a, b = own["lora_A"], own["lora_B"]
+    if not 2 <= a.dim() <= 5 or a.dim() != b.dim() or 0 in (*a.shape, *b.shape):
+        raise ConvLoRAError(f"'{path}' has factors {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.dim() > 2 and b.shape[1] < rank and rank % b.shape[1] == 0:
+        raise ConvLoRAError(
+            f"'{path}' is a grouped convolution: PEFT's A sees all channels there, so its update is of another shape"
+        )
+    tensors = {"lora_A": a, "lora_B": b}
+    if a[0, 0].numel() == 1:
+        tensors = {name: tensor.flatten(1) for name, tensor in tensors.items()}
+    if BIAS in own and bool(own[BIAS].ne(0).any()):  # PEFT has one for all layers or none, zero where there is no bias
+        tensors[BIAS] = (own[BIAS].double() * scale).to(own[BIAS].dtype)
+    return LayerFactors(tensors, WeightSpec((b.shape[0], *a.shape[1:])), rank, alpha)
+
+
+def write(adapter: Adapter, path: str | os.PathLike[str], prefix: str | None) -> None:
+    """Write a PEFT directory; see `convlora.formats.write`."""
+    adapter = adapter.refactor("locon")
+    _check(adapter)
+    with_bias = any(BIAS in layer.tensors for layer in adapter.layers.values())
+    tensors = {}
+    for layer_path, layer in adapter.layers.items():
+        stem = f"{PREFIX if prefix is None else prefix}{layer_path}"
+        point = (1,) * (len(layer.spec.shape) - 2)
+        tensors[f"{stem}.lora_A.weight"] = layer.tensors["lora_A"].reshape(layer.rank, *layer.spec.shape[1:])
+        tensors[f"{stem}.lora_B.weight"] = layer.tensors["lora_B"].reshape(layer.spec.out_channels, layer.rank, *point)
+        if with_bias:
+            tensors[f"{stem}.lora_B.bias"] = _bias(layer, adapter.config.scale(layer.rank, layer.alpha))
+    settings = json.dumps(_config(adapter, with_bias), indent=2, sort_keys=True)
+    write_folder(path, {WEIGHTS: serialize(tensors, {"format": "pt"}), CONFIG: settings.encode()})
+
+
+def _check(adapter: Adapter) -> None:
+    for path, layer in adapter.layers.items():
+        reason = None
+        if layer.spec.transposed:
+            reason = "is a transposed convolution, which PEFT cannot adapt"
+        elif layer.spec.groups > 1:
+            reason = "is a grouped convolution: PEFT's factors have another form there, and it cannot merge them"
+        elif layer.aliases:
+            reason = f"is one module with {', '.join(map(repr, layer.aliases))}: PEFT adapts only the first of them"
+        elif not path:
+            reason = "is the model itself, which PEFT cannot adapt"
+        elif BIAS in layer.tensors and layer.alpha == 0 and bool(layer.tensors[BIAS].ne(0).any()):
+            reason = "has a bias delta and alpha 0: PEFT scales the bias, too"
+        if reason:
+            raise ConvLoRAError(f"write: no PEFT adapter holds this one: '{path}' {reason}")
+
+
+def _bias(layer: LayerFactors, scale: float) -> Tensor:
+    if BIAS not in layer.tensors or layer.alpha == 0:
+        return torch.zeros(layer.spec.out_channels, dtype=layer.tensors["lora_B"].dtype)
+    bias = layer.tensors[BIAS]
+    return (bias.double() / scale).to(bias.dtype)
+
+
+def _config(adapter: Adapter, with_bias: bool) -> dict[str, Any]:
+    layers = adapter.layers
+    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": 0.0,
+        "use_rslora": adapter.config.rank_scaling == "sqrt",
+        "use_dora": False,
+        "bias": "none",
+        "lora_bias": with_bias,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": "|".join(re.escape(path) for path in layers),  # a list would match the ends of names
+        "rank_pattern": {f"^{re.escape(p)}": layer.rank for p, layer in layers.items() if layer.rank != rank},
+        "alpha_pattern": {
+            f"^{re.escape(p)}": _number(layer.alpha) for p, layer in layers.items() if layer.alpha != alpha
+        },
+    }
+
+
+def _number(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else float(alpha)
