@@ -255,12 +255,13 @@ class Run:
         state = {
             "trained": dcp.get_model_state_dict(self.model, options=trained),
             "optimizer": dcp.get_optimizer_state_dict(self.model, self.optimizer, options=whole),
-            "random": gather_object([_random_state()]),
             "losses": losses, "measured": measured, "elapsed": elapsed, "reads": self.reads,
         }  # fmt: skip
         with self.mean.in_place():
             average = dcp.get_model_state_dict(self.model, options=trained) if self.mean.values else {}
             state["average"] = {name: tensor.clone() for name, tensor in average.items()}  # out of reach of the swap
+        # Last: to look for a layer's parameters is to read its effective weight, and rank dropout draws there.
+        state["random"] = gather_object([_random_state()])
         if self.accelerator.is_main_process:
             beside = path.with_name(path.name + ".part")
             with beside.open("wb") as file:
