@@ -20,18 +20,16 @@ from rich.table import Table
 from sr.data import Image, Pair, degraded_pairs, prepare, read_folder
 from sr.degradations import DEGRADATIONS, enlarge
 from sr.metrics import quality
-from sr.models import load_span, upscale
+from sr.models import SPAN_WEIGHTS, load_span, upscale
 from sr.report import one_line_errors
 
 import convlora
-
-WEIGHTS = Path(__file__).parent / "weights" / "span_x4_c26.safetensors"
 
 
 @one_line_errors
 def main(
     folders: Annotated[list[Path], typer.Argument(help="Folders of photos, each one line of the table.")],
-    base: Annotated[Path, typer.Option(help="SPAN checkpoint, in train form or collapsed.")] = WEIGHTS,
+    base: Annotated[Path, typer.Option(help="SPAN checkpoint, in train form or collapsed.")] = SPAN_WEIGHTS,
     adapter: Annotated[Path | None, typer.Option(help="Adapter to put on it.")] = None,
     degradation: Annotated[Literal["clean", "camera", "night"], typer.Option(help="What photos suffer.")] = "clean",
     threads: Annotated[int | None, typer.Option(help="CPU threads, else all.", min=1)] = None,

@@ -33,23 +33,21 @@ from sr.data import (
 )
 from sr.degradations import DEGRADATIONS, enlarge
 from sr.metrics import quality
-from sr.models import load_span, predict, save_span, upscale
+from sr.models import SPAN_TARGETS, SPAN_WEIGHTS, load_span, predict, save_span, upscale
 from sr.report import (
     Row,
     device_name,
     make_row,
     one_line_errors,
-    progress_bar,
     quality_table,
     save_comparison,
     save_curve,
+    training_bar,
 )
 from sr.training import Schedule, make_accelerator, train
 
 import convlora
 
-WEIGHTS = Path(__file__).parent / "weights" / "span_x4_c26.safetensors"
-TARGETS = ["conv_1", "block_*.c?_r", "conv_2", "conv_cat", "upsampler.0"]
 HELD_OUT_SEED = 10**9  # held-out photos suffer degradations that training never sees
 HELD_OUT_DRAWS = 4
 PROMISED_GAIN = 0.3  # dB over the base, in the default run
@@ -71,7 +69,7 @@ NET, ADAPTER, TRAINING, OUTPUT = "Network and photos", "Adapter", "Training", "M
 @one_line_errors
 def main(
     context: typer.Context,
-    base: Annotated[Path, option(NET, "SPAN checkpoint, in train form or collapsed.")] = WEIGHTS,
+    base: Annotated[Path, option(NET, "SPAN checkpoint, in train form or collapsed.")] = SPAN_WEIGHTS,
     photos: Annotated[Path | None, option(NET, "Folder to train on, else five photos of dependencies.")] = None,
     held_out: Annotated[
         Path | None,
@@ -81,7 +79,7 @@ def main(
         Literal["camera", "night", "clean"], option(NET, "What photos suffer; clean is bicubic reduction alone.")
     ] = "camera",
     draws: Annotated[int, option(NET, "Degradations of each training photo.", min=1)] = 8,
-    targets: Annotated[list[str], option(ADAPTER, "Layers to adapt, a name pattern; may be repeated.")] = TARGETS,
+    targets: Annotated[list[str], option(ADAPTER, "Layers to adapt, a name pattern; may be repeated.")] = SPAN_TARGETS,
     rank: Annotated[int, option(ADAPTER, "Rank of each update.", min=1)] = 1,
     alpha: Annotated[float | None, option(ADAPTER, "Update scale times rank, else rank.")] = None,
     factors: Annotated[Literal["convlora", "locon"], option(ADAPTER, "Factorization.")] = "convlora",
@@ -146,8 +144,7 @@ def main(
     def held_out_psnr() -> float:
         return quality([upscale(model, t.low) for t in firsts], [t.high for t in firsts], scale).psnr
 
-    with progress_bar(console) as bar:
-        task = bar.add_task("", total=1.0, loss=float("nan"))
+    with training_bar(console) as on_step:
         trained = train(
             model,
             convlora.parameters(model),
@@ -155,7 +152,7 @@ def main(
             Schedule(steps=steps, seconds=60 * minutes, rate=lr, warmup=warmup),
             accelerator,
             measure=held_out_psnr,
-            on_step=lambda progress, loss: bar.update(task, completed=progress, loss=loss),
+            on_step=on_step,
         )
     adapted = row("adapted", outputs(model))
 
