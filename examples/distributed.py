@@ -60,7 +60,7 @@ def main(
     model, scale = load_span(SPAN_WEIGHTS)
     pairs = degraded_pairs(prepare(training, scale, least=patch * scale), camera, scale=scale, draws=4, seed=0)
     tests = degraded_pairs(prepare(judging, scale, least=64), camera, scale=scale, draws=1, seed=10**9)
-    convlora.inject(model, SPAN_TARGETS, rank=2, rank_dropout=rank_dropout)
+    convlora.inject(model, SPAN_TARGETS, rank=1, rank_dropout=rank_dropout)
     model.to(accelerator.device)
     if fsdp:
         shard(model, accelerator.device)
