@@ -28,15 +28,13 @@ from rich.console import Console
 from rich.table import Table
 from sr.data import Patches, bundled_photos, degraded_pairs, prepare, to_tensor
 from sr.degradations import DEGRADATIONS
-from sr.models import load_span
+from sr.models import SPAN_TARGETS, SPAN_WEIGHTS, load_span
 from sr.report import one_line_errors
 from sr.training import Schedule, make_accelerator, train
 from torch import Tensor, nn
 
 import convlora
 
-WEIGHTS = Path(__file__).parent / "weights" / "span_x4_c26.safetensors"
-TARGETS = ["conv_1", "block_*.c?_r", "conv_2", "conv_cat", "upsampler.0"]
 CLOSE = 1e-5  # of full scale: what another order of summation may change
 SIZES = (48, 64), (80, 56)  # the input at export, and another one
 
@@ -118,14 +116,14 @@ def main(
     torch.manual_seed(0)
     console = Console()
     out.mkdir(parents=True, exist_ok=True)
-    model, scale = load_span(WEIGHTS)
+    model, scale = load_span(SPAN_WEIGHTS)
     base = copy.deepcopy(model).eval()
 
     # 1. An adapter.
     photos, held_out = bundled_photos()
     if adapter is None:
         pairs = degraded_pairs(prepare(photos, scale, least=96), DEGRADATIONS["camera"], scale=scale, draws=1, seed=0)
-        convlora.inject(model, TARGETS, rank=1)
+        convlora.inject(model, SPAN_TARGETS, rank=1)
         train(
             model,
             convlora.parameters(model),

@@ -19,16 +19,13 @@ from rich.console import Console
 from sr.data import InputError, Patches, bundled_photos, degraded_pairs, prepare, read_folder
 from sr.degradations import DEGRADATIONS
 from sr.metrics import quality
-from sr.models import load_span, upscale
-from sr.report import one_line_errors, progress_bar
+from sr.models import SPAN_TARGETS, SPAN_WEIGHTS, load_span, upscale
+from sr.report import one_line_errors, training_bar
 from sr.training import Checkpoint, Schedule, make_accelerator, train
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import convlora
-
-WEIGHTS = Path(__file__).parent / "weights" / "span_x4_c26.safetensors"
-TARGETS = ["conv_1", "block_*.c?_r", "conv_2", "conv_cat", "upsampler.0"]
 
 
 @one_line_errors
@@ -60,10 +57,10 @@ def main(
     training = read_folder(photos) if photos else bundled_photos()[0]
     judging = read_folder(held_out) if held_out else bundled_photos()[1]
     camera = DEGRADATIONS["camera"]
-    model, scale = load_span(WEIGHTS)
+    model, scale = load_span(SPAN_WEIGHTS)
     pairs = degraded_pairs(prepare(training, scale, least=patch * scale), camera, scale=scale, draws=4, seed=0)
     tests = degraded_pairs(prepare(judging, scale, least=64), camera, scale=scale, draws=1, seed=10**9)
-    convlora.inject(model, TARGETS, rank=2, rank_dropout=rank_dropout)
+    convlora.inject(model, SPAN_TARGETS, rank=1, rank_dropout=rank_dropout)
     model.to(accelerator.device)
     if fsdp:
         shard(model, accelerator.device)
@@ -72,8 +69,7 @@ def main(
     def held_out_psnr() -> float:
         return quality([upscale(model, test.low) for test in tests], [test.high for test in tests], scale).psnr
 
-    with progress_bar(console) as bar:
-        task = bar.add_task("", total=1.0, loss=float("nan"))
+    with training_bar(console) as on_step:
         trained = train(
             model,
             convlora.parameters(model),
@@ -81,7 +77,7 @@ def main(
             Schedule(steps=steps, seconds=float("inf"), rate=lr, warmup=min(20, steps // 4)),
             accelerator,
             measure=held_out_psnr,
-            on_step=lambda progress, loss: bar.update(task, completed=progress, loss=loss),
+            on_step=on_step,
             accumulate=accumulate,
             average=ema,
             checkpoint=Checkpoint(out / "checkpoint.pt", every, resume),

@@ -26,15 +26,14 @@ from sr.data import Image, Patches, bundled_photos, degraded_pairs, prepare, rea
 from sr.degradations import DEGRADATIONS, enlarge
 from sr.distillation import Distillation, inject
 from sr.metrics import quality
-from sr.models import load_span, predict, save_span, upscale
-from sr.report import device_name, make_row, one_line_errors, progress_bar, quality_table, save_curve
+from sr.models import SPAN_WEIGHTS, load_span, predict, save_span, upscale
+from sr.report import device_name, make_row, one_line_errors, quality_table, save_curve, training_bar
 from sr.training import Schedule, make_accelerator, train
 from torch import Tensor, nn
 
 import convlora
 from convlora.distill import Distiller
 
-WEIGHTS = Path(__file__).parent / "weights" / "span_x4_c26.safetensors"
 CLOSE = 1e-5  # of full scale: what another order of summation may change
 SHOWN = "block_6[0]"  # the feature whose affinities the picture shows
 Map = NDArray[np.float64]  # (h, w)
@@ -44,7 +43,7 @@ console = Console()
 
 @one_line_errors
 def main(
-    base: Annotated[Path, typer.Option(help="SPAN checkpoint, in train form or collapsed.")] = WEIGHTS,
+    base: Annotated[Path, typer.Option(help="SPAN checkpoint, in train form or collapsed.")] = SPAN_WEIGHTS,
     photos: Annotated[Path | None, typer.Option(help="Folder to train on, else five photos of dependencies.")] = None,
     held_out: Annotated[Path | None, typer.Option(help="Folder to judge by, else three of dependencies.")] = None,
     high: Annotated[float, typer.Option(help="λ1, the weight of L1 to the photo.", min=0)] = 1.0,
@@ -88,8 +87,7 @@ def main(
     def held_out_psnr() -> float:
         return quality([upscale(model, test.low) for test in tests], highs, scale).psnr
 
-    with progress_bar(console) as bar:
-        task = bar.add_task("", total=1.0, loss=float("nan"))
+    with training_bar(console) as on_step:
         trained = train(
             model,
             convlora.parameters(model),
@@ -97,7 +95,7 @@ def main(
             Schedule(steps=steps, seconds=60 * minutes, rate=lr, warmup=20),
             accelerator,
             measure=held_out_psnr,
-            on_step=lambda progress, loss: bar.update(task, completed=progress, loss=loss),
+            on_step=on_step,
             make_loss=Distillation(high, teacher, affinity),
         )
     adapted = make_row("adapted", [predict(model, test.low) for test in tests], highs, scale)

@@ -152,8 +152,19 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         ConvLoRAError: it cannot be written; no temporary file stays behind.
     """
-    with staged(path, data) as put_in_place:
+    with writing(path), staged(path, data) as put_in_place:
         put_in_place()
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever goes wrong in writing a file or folder, as one error."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        if isinstance(error, ConvLoRAError):
+            raise
+        raise ConvLoRAError(f"write: '{path}' cannot be written ({one_line(error)})") from None
 
 
 @contextlib.contextmanager
@@ -173,10 +184,6 @@ def staged(path: str | os.PathLike[str], data: bytes) -> Iterator[Callable[[], N
         os.chmod(temporary, mode)
         made = temporary
         yield lambda: os.replace(made, target)
-    except (OSError, TypeError, ValueError) as error:
-        if isinstance(error, ConvLoRAError):
-            raise
-        raise ConvLoRAError(f"write: '{path}' cannot be written ({one_line(error)})") from None
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):

@@ -18,7 +18,7 @@ from safetensors.torch import load as from_bytes
 from torch import Tensor, nn
 
 from convlora.errors import ConvLoRAError, one_line
-from convlora.formats.native import serialize, staged, umask, write_atomically
+from convlora.formats.native import serialize, staged, umask, write_atomically, writing
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -119,9 +119,13 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
     Raises:
         ConvLoRAError: they cannot be written there; no temporary file stays behind.
     """
+    with writing(path):
+        _write_folder(Path(os.path.realpath(path)), files)
+
+
+def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
     temporary = None
     try:
-        target = Path(os.path.realpath(path))
         if target.exists() and not target.is_dir():
             raise NotADirectoryError("it is a file, and this format is a folder")
         if target.exists():
@@ -134,10 +138,6 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
             write_atomically(Path(temporary, name), data)
         os.chmod(temporary, 0o777 & ~umask())
         os.rename(temporary, target)
-    except (OSError, TypeError, ValueError) as error:
-        if isinstance(error, ConvLoRAError):
-            raise
-        raise ConvLoRAError(f"write: '{path}' cannot be written ({one_line(error)})") from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

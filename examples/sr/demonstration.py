@@ -33,10 +33,10 @@ from sr.report import (
     Row,
     device_name,
     make_row,
-    progress_bar,
     quality_table,
     save_comparison,
     save_curve,
+    training_bar,
 )
 from sr.training import Schedule, make_accelerator, train
 
@@ -105,8 +105,7 @@ def demonstrate(network: Network, chosen: Options, promised: float | None, conso
     def held_out_psnr() -> float:
         return quality([upscale(model, t.low) for t in firsts], [t.high for t in firsts], scale).psnr
 
-    with progress_bar(console) as bar:
-        task = bar.add_task("", total=1.0, loss=float("nan"))
+    with training_bar(console) as on_step:
         trained = train(
             model,
             convlora.parameters(model),
@@ -114,7 +113,7 @@ def demonstrate(network: Network, chosen: Options, promised: float | None, conso
             Schedule(steps=chosen.steps, seconds=60 * chosen.minutes, rate=chosen.lr, warmup=chosen.warmup),
             accelerator,
             measure=held_out_psnr,
-            on_step=lambda progress, loss: bar.update(task, completed=progress, loss=loss),
+            on_step=on_step,
         )
     adapted = row("adapted", outputs(model))
 

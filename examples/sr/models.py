@@ -25,6 +25,9 @@ from sr.data import Image, InputError, to_image, to_tensor
 
 State = dict[str, Tensor]
 
+SPAN_WEIGHTS = Path(__file__).parents[1] / "weights" / "span_x4_c26.safetensors"  # the base that examples adapt
+SPAN_TARGETS = ["conv_1", "block_*.c?_r", "conv_2", "conv_cat", "upsampler.0"]  # every convolution, collapsed
+
 
 def span(channels: int = 26, scale: int = 4, img_range: float = 255.0) -> SPAN:
     """A collapsed SPAN (Wan et al. 2023) with random weights: RGB in [0, 1] in and out.

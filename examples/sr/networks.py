@@ -15,9 +15,9 @@ from spandrel.architectures.SwinIR import SwinIR
 from torch import nn
 
 from sr.data import InputError
-from sr.models import load_span, read_state, save_span, save_weights
+from sr.models import SPAN_TARGETS, SPAN_WEIGHTS, load_span, read_state, save_span, save_weights
 
-WEIGHTS = Path(__file__).parents[1] / "weights"
+WEIGHTS = SPAN_WEIGHTS.parent
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def save_rrdb(model: ESRGAN, path: Path) -> None:
 
 NETWORKS = {
     "span": Network(
-        "SPAN", SPAN, WEIGHTS / "span_x4_c26.safetensors", load_span, save_span,
-        targets=("conv_1", "block_*.c?_r", "conv_2", "conv_cat", "upsampler.0"),
+        "SPAN", SPAN, SPAN_WEIGHTS, load_span, save_span,
+        targets=tuple(SPAN_TARGETS),
     ),
     "swinir": Network(
         "SwinIR", SwinIR, WEIGHTS / "swinir_x4_c36.safetensors", load_swinir, save_swinir,

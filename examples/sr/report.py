@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +38,16 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar that goes from 0 to 1 and shows the field `loss`."""
+@contextmanager
+def training_bar(console: Console) -> Iterator[Callable[[float, float], None]]:
+    """A bar that goes from 0 to 1 and shows the loss; gives what `train` takes as `on_step`."""
     columns = (
         TextColumn("training"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
         TextColumn("loss {task.fields[loss]:.4f}"), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    return Progress(*columns, console=console)
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=1.0, loss=float("nan"))
+        yield lambda progress, loss: bar.update(task, completed=progress, loss=loss)
 
 
 @dataclass(frozen=True)
