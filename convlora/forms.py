@@ -108,6 +108,7 @@ def _update(slot: Slot, x: Any, weight: Any) -> Update | None:
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     ):
         return None
+    slot._fused.clear()  # kept while nothing trained
     return _chained(slot.low_rank(slot.active[0]), x.dtype)
 
 
