@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from convlora.errors import ConvLoRAError
 from convlora.factors import WeightSpec
-from convlora.forms import Form, form_of
+from convlora.forms import form_of
 from convlora.lowrank import LowRank
 from convlora.sharded import is_managed, is_shard_root, is_sharded
 from convlora.slot import Slot
@@ -27,6 +27,7 @@ from convlora.slot import Slot
 CHILD = "convlora"  # the child module's name, so `<layer>.convlora.<adapter>.lora_A` in a full checkpoint
 
 _BASES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+_STOCK = {base.forward for base in _BASES}
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -194,9 +195,8 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
             "bias": _property("bias"),
             "_convlora_base": base,
         }
-        form = form_of(base)
-        if form is not None:
-            body["forward"] = _forward(base, form)
+        if base.forward in _STOCK:
+            body["forward"] = _forward(base)
         made = type(base)(  # type: ignore[misc]
             f"Adapted{base.__name__}", (base, Adapted), body
         )  # base first: it decides the memory layout
@@ -204,16 +204,20 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     return made  # type: ignore[no-any-return]
 
 
-def _forward(base: type[nn.Module], form: Form) -> Callable[[Any, Tensor], Any]:
-    """The base's forward, or in training a form of it with equal values that is faster."""
-    plain = base.forward
+def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
+    """A stock layer's forward: in training a form of equal values that is faster, and each sample's own adapter."""
+    plain, form = base.forward, form_of(base)
 
-    def forward(self: Any, input: Tensor) -> Any:
-        if torch.is_grad_enabled() and _readers is None and not torch.compiler.is_compiling():
-            output = form(self, slot_of(self), input)
+    def forward(self: Any, input: Tensor, *more: Any) -> Any:
+        slot = slot_of(self)
+        if slot._rows is not None:
+            least_dims = 2 if isinstance(self, nn.Linear) else len(self.kernel_size) + 2
+            return slot.by_rows(lambda rows: plain(self, rows, *more), input, least_dims)
+        if form is not None and torch.is_grad_enabled() and _readers is None and not torch.compiler.is_compiling():
+            output = form(self, slot, input)
             if output is not None:
                 return output
-        return plain(self, input)
+        return plain(self, input, *more)
 
     return functools.wraps(plain)(forward)
 
