@@ -29,6 +29,7 @@ from convlora.switch import activate as activate
 from convlora.switch import disabled as disabled
 from convlora.switch import merge as merge
 from convlora.switch import merged as merged
+from convlora.switch import per_sample as per_sample
 from convlora.switch import unmerge as unmerge
 from convlora.walk import adapters as adapters
 from convlora.walk import parameters as parameters

@@ -172,6 +172,11 @@ class ConvLoRAFactors(_TwoFactors):
     def delta(self, factors: Mapping[str, Tensor], spec: WeightSpec) -> Tensor:
         return factors["lora_B"] @ factors["lora_A"]
 
+    def chain(self, factors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor] | None:
+        if math.prod(spec.kernel) > 1 or spec.groups > 1 or spec.transposed:
+            return None
+        return _with_kernel(factors, spec)
+
 
 class LoConFactors(_TwoFactors):
     """The factorization of PEFT and LyCORIS (LoCon): a thin convolution, then a 1×1 convolution.
@@ -193,6 +198,18 @@ class LoConFactors(_TwoFactors):
 
     def delta(self, factors: Mapping[str, Tensor], spec: WeightSpec) -> Tensor:
         return factors["lora_B"].flatten(1) @ factors["lora_A"].flatten(1)
+
+    def chain(self, factors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor] | None:
+        if spec.groups > 1 or spec.transposed:
+            return None
+        return _with_kernel(factors, spec)
+
+
+def _with_kernel(factors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor]:
+    """The factors as weights of layers of the spec's kind; those of pointwise convolutions have no kernel."""
+    a, b = factors["lora_A"], factors["lora_B"]
+    ones = [1] * (len(spec.kernel) + 2 - a.dim())
+    return a.view(*a.shape, *ones), b.view(*b.shape, *ones)
 
 
 _REGISTRY: dict[str, Factorization] = {"convlora": ConvLoRAFactors(), "locon": LoConFactors()}

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
 from convlora.conv import fuse
+from convlora.errors import ConvLoRAError
 from convlora.lowrank import LowRank
+from convlora.rows import Rows
 
 
 class Slot(nn.Module):
@@ -27,8 +29,11 @@ class Slot(nn.Module):
         self._before_merge: dict[str, float] | None = None
         self._fused: dict[str, _Fused | None] = {}
 
+    _rows: Rows | None = None  # while `per_sample`
+    _row: str | None = ""  # the adapter of the rows at hand
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fused": {}}
+        return {**self.__dict__, "_fused": {}, "_rows": None}
 
     def low_rank(self, name: str) -> LowRank:
         return self._modules[name]  # type: ignore[return-value]
@@ -72,6 +77,8 @@ class Slot(nn.Module):
 
     def effective(self, base: Tensor, kind: str) -> Tensor:
         """The base weight or bias with the active adapters; `base` itself if none acts on it."""
+        if self._rows is not None:
+            return self._of_row(base, kind)
         if self.merged and not torch.compiler.is_compiling():
             # First, since a merged net reads hundreds of weights in each forward. None: no adapter acts on this kind.
             formed = self._fused.get(kind, _NOT_FORMED)
@@ -85,7 +92,7 @@ class Slot(nn.Module):
                 self._fused[kind] = None
             return base
         if not self.merged:
-            return self._compose(base, kind, acting)
+            return self._live(base, kind, kind, acting)
         # A compiled graph cannot see a tensor change, so it forms the weight itself; an exported one is a snapshot.
         exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
         formed = self._fused.get(kind) if exporting else None
@@ -100,11 +107,54 @@ class Slot(nn.Module):
         if not all(isinstance(tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors):
             with torch.inference_mode(False), torch.no_grad():
                 return self._compose(base, kind, acting)
+        return self._form(base, kind, kind, acting).value
+
+    def by_rows(self, call: Callable[[Tensor], Tensor], x: Tensor, least_dims: int) -> Tensor:
+        """A layer's forward, `call`, in which each sample's rows have the adapter of `per_sample`."""
+        assert self._rows is not None
+
+        def with_adapter(name: str | None, part: Tensor) -> Tensor:
+            self._row = name
+            try:
+                return call(part)
+            finally:
+                self._row = ""
+
+        return self._rows.through(with_adapter, x, least_dims)
+
+    def _of_row(self, base: Tensor, kind: str) -> Tensor:
+        name = self._row
+        if name == "":
+            raise ConvLoRAError("per_sample: a weight is read by something else than its layer; run the samples apart")
+        if name is None or name not in self._modules or not (kind == "weight" or self.low_rank(name)._has_bias):
+            return base
+        return self._live(base, f"{kind} {name}", kind, [name])
+
+    def _live(self, base: Tensor, key: str, kind: str, acting: list[str]) -> Tensor:
+        """The effective tensor of adapters that may be training; kept from one call to the next while nothing can.
+
+        On a CPU only: factors are compared by value, since averages of weights are often written through `p.data`,
+        which leaves no trace; elsewhere the comparison would wait for the device.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            self._fused.clear()
+            return self._compose(base, kind, acting)
+        formed = self._fused.get(key)
+        if formed is not None and formed.stands_on(base) and formed.has_values():
+            return formed.value
+        low_ranks = [self.low_rank(name) for name in acting]
+        if base.device.type != "cpu" or not isinstance(base, nn.Parameter) or not all(map(_is_still, low_ranks)):
+            return self._compose(base, kind, acting)
+        return self._form(base, key, kind, acting).value
+
+    def _form(self, base: Tensor, key: str, kind: str, acting: list[str]) -> _Fused:
         # Entering inference_mode(False) switches gradients on: no_grad comes after it.
         with torch.inference_mode(False), torch.no_grad():
             fused = self._compose(base, kind, acting)
-        self._fused[kind] = _Fused(fused, base, [self.low_rank(name) for name in acting])
-        return fused
+        formed = _Fused(fused, base, [self.low_rank(name) for name in acting], keep_values=not self.merged)
+        if type(fused) is Tensor:  # not one of a mode that only pretends to compute
+            self._fused[key] = formed
+        return formed
 
     def swap(self, name: str, factors: Mapping[str, Tensor], config: AdapterConfig, alpha: float) -> None:
         """Make an adapter that of another file with the same shapes, in place."""
@@ -133,9 +183,9 @@ class Slot(nn.Module):
 class _Fused:
     """A fused weight or bias, and what it was formed from: Parameters, each at an address and a version."""
 
-    __slots__ = ("base", "factors", "value")
+    __slots__ = ("base", "factors", "value", "values")
 
-    def __init__(self, value: Tensor, base: Tensor, low_ranks: list[LowRank]) -> None:
+    def __init__(self, value: Tensor, base: Tensor, low_ranks: list[LowRank], keep_values: bool) -> None:
         self.value = value
         self.base = base, base.data_ptr(), base._version
         self.factors = [
@@ -143,6 +193,11 @@ class _Fused:
             for low_rank in low_ranks
             for name, tensor in low_rank.factors().items()
         ]
+        self.values = [tensor.detach().clone() for _, _, tensor, _, _ in self.factors] if keep_values else []
+
+    def has_values(self) -> bool:
+        """Whether every factor holds the values of then."""
+        return all(torch.equal(factor[2], value) for factor, value in zip(self.factors, self.values, strict=False))
 
     def stands_on(self, base: Tensor) -> bool:
         """Whether the Parameters are those of then and `is_fresh`; plain code, since every read of a weight asks."""
@@ -162,6 +217,14 @@ class _Fused:
             if tensor._version != version or tensor.data_ptr() != address:
                 return False
         return True
+
+
+def _is_still(low_rank: LowRank) -> bool:
+    """Whether calling the module twice gives the same, and does nothing else: no dropout, no hooks."""
+    dropping = low_rank.training and low_rank.config.rank_dropout > 0
+    hooked = low_rank._forward_pre_hooks or low_rank._forward_hooks
+    parameters = all(isinstance(p, nn.Parameter) and not p.is_inference() for p in low_rank.factors().values())
+    return type(low_rank) is LowRank and parameters and not (dropping or hooked)
 
 
 _NOT_FORMED = _Fused.__new__(_Fused)  # a mark, without values

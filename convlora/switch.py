@@ -1,9 +1,9 @@
-"""Which adapters act, and whether as one fused weight: activate, disabled, merge, unmerge, merged."""
+"""Which adapters act, and whether as one fused weight: activate, disabled, per_sample, merge, unmerge, merged."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -13,6 +13,7 @@ from convlora.config import LARGEST, is_number
 from convlora.conv import is_finite
 from convlora.errors import ConvLoRAError
 from convlora.layer import slot_of, still
+from convlora.rows import Rows
 from convlora.walk import adapted_layers, refuse_sharded, refuse_stacked, slots, with_adapters
 
 M = TypeVar("M", bound=nn.Module)
@@ -52,6 +53,46 @@ def disabled(model: M) -> Iterator[M]:
     with _restored(with_adapters(model, "disabled")):
         activate(model, [])
         yield model
+
+
+@contextlib.contextmanager
+def per_sample(model: M, names: Sequence[str | None], *, folded: bool = False) -> Iterator[M]:
+    """Inside the block, sample i of every batch has the adapter `names[i]`, or none (None).
+
+    One forward serves requests for several adapters, each with its own fused weight. The samples are the rows of the
+    first dimension of each adapted layer's input; networks that fold windows or frames into it, the rows of a sample
+    next to each other (SwinIR), need `folded=True`. Each named adapter acts at strength 1. The former state comes back,
+    also after an exception. Not for several threads at a time.
+
+    Raises:
+        ConvLoRAError: no names, no such adapter, or a merged model; in a forward, a layer input without a row for each
+            sample, or a weight that is read by other code than its layer's own forward.
+
+    Example:
+        >>> import convlora, torch
+        >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1, name="rain")
+        >>> with per_sample(model, ["rain", None, "rain"]):
+        ...     y = model(torch.ones(3, 3, 8, 8))
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise ConvLoRAError(
+            f"per_sample: expected a list with an adapter's name or None for each sample, got {names!r}"
+        )
+    strengths = _strengths([name for name in names if name is not None], "per_sample")
+    root = with_adapters(model, "per_sample", strengths)
+    chosen, before = list(slots(root)), [(slot, slot._rows) for slot in slots(root)]
+    if any(slot.merged for slot in chosen):
+        raise ConvLoRAError("per_sample: the model is merged, one weight for all samples; unmerge first")
+    rows = Rows(names, folded)
+    with _restored(root):
+        try:
+            for slot in chosen:
+                slot.activate(strengths)
+                slot._rows = rows
+            yield model
+        finally:
+            for slot, former in before:
+                slot._rows = former
 
 
 def _strengths(names: Names, operation: str) -> dict[str, float]:

@@ -16,8 +16,10 @@ LEVELS = [  # each file imports from lines above its own
     ["errors", "progress", "table"],
     ["sharded", "truncate"],
     ["config", "factors", "conv"],
+    ["rows", "thin"],
     ["lowrank", "adapter"],
     ["slot"],
+    ["forms"],
     ["layer", "formats.native"],
     ["algebra", "card", "formats.tensors", "targets", "walk"],
     ["formats.locon", "formats.loralib", "formats.peft", "hub", "specs"],
@@ -74,9 +76,9 @@ def test_every_public_name_has_a_runnable_example() -> None:
 def test_public_names_are_those_of_the_contract() -> None:
     public = {n for n, v in vars(convlora).items() if not n.startswith("_") and hasattr(v, "__module__")}
     assert public == {
-        "inject", "remove", "merge", "unmerge", "merged", "disabled", "activate", "adapters", "parameters", "summary",
-        "audit", "allocate_ranks", "save", "load", "adapter", "AdapterConfig", "Adapter", "register_factors",
-        "ConvLoRAError", "ConvLoRAWarning",
+        "inject", "remove", "merge", "unmerge", "merged", "disabled", "activate", "per_sample", "adapters",
+        "parameters", "summary", "audit", "allocate_ranks", "save", "load", "adapter", "AdapterConfig", "Adapter",
+        "register_factors", "ConvLoRAError", "ConvLoRAWarning",
     }  # fmt: skip
 
 
