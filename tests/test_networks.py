@@ -238,9 +238,6 @@ def test_shipped_weights_say_where_they_come_from(name: str) -> None:
 
 @needs_data
 @both
-@pytest.mark.xfail(
-    strict=True, reason="the weights are preliminary: their training was cut off after 500 or 1000 steps"
-)
 def test_shipped_network_reaches_its_decibels_on_set5(name: str) -> None:
     model, _ = load_any(NETWORKS[name].weights)
     truths = [crop_to_multiple(read_image(path), 4) for path in image_files(DATA / "set5/HR")]
