@@ -214,7 +214,9 @@ def best_rates(base: str, found: Mapping[Trial, Result]) -> dict[str, float]:
     }
 
 
-def table_trials(base: str, degradation: str, rates: Mapping[str, float], seeds: int) -> dict[str, list[Trial]]:
+def table_trials(
+    base: str, degradation: str, rates: Mapping[str, float], seeds: int, richer_seeds: int
+) -> dict[str, list[Trial]]:
     """Row of the table -> its trials, one for each seed."""
     rows = {"bicubic": [Trial(base, degradation, "bicubic")], "base, frozen": [Trial(base, degradation, "base")]}
     settings = [("full", 0.0), *((method, budget) for budget in BUDGETS for method in METHODS)]
@@ -234,8 +236,8 @@ def table(base: str, degradation: str, rows: Mapping[str, list[Trial]], found: M
     section = Section(
         f"{base}, {degradation}",
         f"{first.steps} steps, Adam, cosine, 20 steps of warm-up, batch {first.batch}, LR patch {first.patch}; BSDS "
-        f"val, 100 images; mean over {len(rows['all weights'])} seeds ± standard deviation, or one seed. Clean: PSNR-Y on clean "
-        "bicubic input against the base, adapters switched off, first seed.",
+        f"val, 100 images; mean over {len(rows['all weights'])} seeds ± standard deviation, or one seed. Clean: PSNR-Y on "
+        "clean bicubic input against the base, adapters switched off, first seed.",
         ("method", "rate", "trained", "file, kB", "PSNR-Y", "gain, dB", "SSIM-Y", "over all weights", "clean"),
     )
     start, full = (found[rows[name][0]] for name in ("base, frozen", "all weights"))
