@@ -232,11 +232,11 @@ def table_trials(
 
 
 def table(base: str, degradation: str, rows: Mapping[str, list[Trial]], found: Mapping[Trial, Result]) -> Section:
-    first = next(iter(rows["all weights"]))
+    first, seeds = next(iter(rows["all weights"])), len(rows["all weights"])
     section = Section(
         f"{base}, {degradation}",
         f"{first.steps} steps, Adam, cosine, 20 steps of warm-up, batch {first.batch}, LR patch {first.patch}; BSDS "
-        f"val, 100 images; mean over {len(rows['all weights'])} seeds ± standard deviation, or one seed. Clean: PSNR-Y on "
+        f"val, 100 images; mean over {seeds} seeds ± standard deviation, or one seed. Clean: PSNR-Y on "
         "clean bicubic input against the base, adapters switched off, first seed.",
         ("method", "rate", "trained", "file, kB", "PSNR-Y", "gain, dB", "SSIM-Y", "over all weights", "clean"),
     )
