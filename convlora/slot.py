@@ -128,9 +128,9 @@ class Slot(nn.Module):
             raise ConvLoRAError("per_sample: a weight is read by something else than its layer; run the samples apart")
         if name is None or name not in self._modules or not (kind == "weight" or self.low_rank(name)._has_bias):
             return base
-        return self._live(base, f"{kind} {name}", kind, [name])
+        return self._live(base, f"{kind} {name}", kind, [name], strength=1.0)
 
-    def _live(self, base: Tensor, key: str, kind: str, acting: list[str]) -> Tensor:
+    def _live(self, base: Tensor, key: str, kind: str, acting: list[str], strength: float | None = None) -> Tensor:
         """The effective tensor of adapters that may be training; kept from one call to the next while nothing can.
 
         On a CPU only: factors are compared by value, since averages of weights are often written through `p.data`,
@@ -138,19 +138,19 @@ class Slot(nn.Module):
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self._fused.clear()
-            return self._compose(base, kind, acting)
+            return self._compose(base, kind, acting, strength)
         formed = self._fused.get(key)
         if formed is not None and formed.stands_on(base) and formed.has_values():
             return formed.value
         low_ranks = [self.low_rank(name) for name in acting]
         if base.device.type != "cpu" or not isinstance(base, nn.Parameter) or not all(map(_is_still, low_ranks)):
-            return self._compose(base, kind, acting)
-        return self._form(base, key, kind, acting).value
+            return self._compose(base, kind, acting, strength)
+        return self._form(base, key, kind, acting, strength).value
 
-    def _form(self, base: Tensor, key: str, kind: str, acting: list[str]) -> _Fused:
+    def _form(self, base: Tensor, key: str, kind: str, acting: list[str], strength: float | None = None) -> _Fused:
         # Entering inference_mode(False) switches gradients on: no_grad comes after it.
         with torch.inference_mode(False), torch.no_grad():
-            fused = self._compose(base, kind, acting)
+            fused = self._compose(base, kind, acting, strength)
         formed = _Fused(fused, base, [self.low_rank(name) for name in acting], keep_values=not self.merged)
         if type(fused) is Tensor:  # not one of a mode that only pretends to compute
             self._fused[key] = formed
@@ -162,13 +162,13 @@ class Slot(nn.Module):
         self.low_rank(name).configure(config, alpha)
         self._fused.clear()
 
-    def _compose(self, base: Tensor, kind: str, acting: list[str]) -> Tensor:
+    def _compose(self, base: Tensor, kind: str, acting: list[str], strength: float | None = None) -> Tensor:
         # Called as modules, so that hooks (FSDP2 unshards in one) run.
         device = base.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
-        return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
+                return fuse(base, [self._modules[name](kind, not self.merged, strength) for name in acting])  # type: ignore[misc]
+        return fuse(base, [self._modules[name](kind, not self.merged, strength) for name in acting])  # type: ignore[misc]
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._fused.clear()
