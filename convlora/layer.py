@@ -212,7 +212,7 @@ def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
         slot = slot_of(self)
         if slot._rows is not None:
             least_dims = 2 if isinstance(self, nn.Linear) else len(self.kernel_size) + 2
-            return slot.by_rows(lambda rows: plain(self, rows, *more), input, least_dims)
+            return slot._by_rows(lambda rows: plain(self, rows, *more), input, least_dims)
         if form is not None and torch.is_grad_enabled() and _readers is None and not torch.compiler.is_compiling():
             output = form(self, slot, input)
             if output is not None:

@@ -90,11 +90,15 @@ class LowRank(nn.Module):
             if self._bias_gain is not None:
                 self._bias_gain.fill_(strength)
 
-    def forward(self, kind: str = "weight", dropout: bool = True) -> Tensor:
+    def forward(self, kind: str = "weight", dropout: bool = True, strength: float | None = None) -> Tensor:
+        """The update at its strength, or at the one given."""
+        as_tensor = strength is None and torch.compiler.is_compiling()
+        if strength is None:
+            strength = self.strength
         if kind == "bias":
             assert self.lora_bias is not None
             assert self._bias_gain is not None
-            return self.lora_bias * (self._bias_gain if torch.compiler.is_compiling() else self.strength)
+            return self.lora_bias * (self._bias_gain if as_tensor else strength)
         factors = {name: getattr(self, name) for name in self._tensors}  # no parameters in DataParallel's replicas
         p = self.config.rank_dropout
         if self.training and p > 0 and dropout:
@@ -102,7 +106,7 @@ class LowRank(nn.Module):
             keep = kept.to(self._gain.dtype) / (1 - p)
             factors = self.factorization.drop(factors, keep)
         # Eager ones take the number: a backward that comes after another `activate` must not find the tensor changed.
-        gain = self._gain if torch.compiler.is_compiling() else self.strength * self.scale
+        gain = self._gain if as_tensor else strength * self.scale
         return self.spec.from_convolution(self.factorization.delta(factors, self.spec)) * gain
 
     def _follow(self) -> None:

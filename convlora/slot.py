@@ -48,7 +48,8 @@ class Slot(nn.Module):
             if self.low_rank(name).strength != strengths[name]:  # a write could come between a forward and its backward
                 self.low_rank(name).set_strength(strengths[name])
         self._before_merge = None
-        self._fused.clear()
+        if self.merged or not self.active:
+            self._fused.clear()  # else what was kept is replaced by the next forward: to free it here takes time
 
     def strengths(self) -> dict[str, float]:
         return {name: self.low_rank(name).strength for name in self.active}
@@ -56,6 +57,7 @@ class Slot(nn.Module):
     def merge(self, strengths: Mapping[str, float] | None) -> None:
         """Use one fused weight, of the active adapters or of others until `unmerge`."""
         before = self.strengths() if self._before_merge is None else self._before_merge
+        self._fused.clear()
         if strengths is not None:
             self.activate(strengths)
             self._before_merge = before
@@ -72,6 +74,7 @@ class Slot(nn.Module):
 
     def restore(self, state: tuple[dict[str, float], bool, dict[str, float] | None]) -> None:
         strengths, self.merged, before = state
+        self._fused.clear()
         self.activate(strengths)
         self._before_merge = before
 
@@ -109,7 +112,7 @@ class Slot(nn.Module):
                 return self._compose(base, kind, acting)
         return self._form(base, kind, kind, acting).value
 
-    def by_rows(self, call: Callable[[Tensor], Tensor], x: Tensor, least_dims: int) -> Tensor:
+    def _by_rows(self, call: Callable[[Tensor], Tensor], x: Tensor, least_dims: int) -> Tensor:
         """A layer's forward, `call`, in which each sample's rows have the adapter of `per_sample`."""
         assert self._rows is not None
 
@@ -128,9 +131,9 @@ class Slot(nn.Module):
             raise ConvLoRAError("per_sample: a weight is read by something else than its layer; run the samples apart")
         if name is None or name not in self._modules or not (kind == "weight" or self.low_rank(name)._has_bias):
             return base
-        return self._live(base, f"{kind} {name}", kind, [name])
+        return self._live(base, f"{kind} {name}", kind, [name], strength=1.0)
 
-    def _live(self, base: Tensor, key: str, kind: str, acting: list[str]) -> Tensor:
+    def _live(self, base: Tensor, key: str, kind: str, acting: list[str], strength: float | None = None) -> Tensor:
         """The effective tensor of adapters that may be training; kept from one call to the next while nothing can.
 
         On a CPU only: factors are compared by value, since averages of weights are often written through `p.data`,
@@ -138,19 +141,19 @@ class Slot(nn.Module):
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self._fused.clear()
-            return self._compose(base, kind, acting)
+            return self._compose(base, kind, acting, strength)
         formed = self._fused.get(key)
-        if formed is not None and formed.stands_on(base) and formed.has_values():
-            return formed.value
         low_ranks = [self.low_rank(name) for name in acting]
+        if formed is not None and formed.stands_on(base) and formed.is_of(low_ranks) and formed.has_values():
+            return formed.value
         if base.device.type != "cpu" or not isinstance(base, nn.Parameter) or not all(map(_is_still, low_ranks)):
-            return self._compose(base, kind, acting)
-        return self._form(base, key, kind, acting).value
+            return self._compose(base, kind, acting, strength)
+        return self._form(base, key, kind, acting, strength).value
 
-    def _form(self, base: Tensor, key: str, kind: str, acting: list[str]) -> _Fused:
+    def _form(self, base: Tensor, key: str, kind: str, acting: list[str], strength: float | None = None) -> _Fused:
         # Entering inference_mode(False) switches gradients on: no_grad comes after it.
         with torch.inference_mode(False), torch.no_grad():
-            fused = self._compose(base, kind, acting)
+            fused = self._compose(base, kind, acting, strength)
         formed = _Fused(fused, base, [self.low_rank(name) for name in acting], keep_values=not self.merged)
         if type(fused) is Tensor:  # not one of a mode that only pretends to compute
             self._fused[key] = formed
@@ -162,13 +165,13 @@ class Slot(nn.Module):
         self.low_rank(name).configure(config, alpha)
         self._fused.clear()
 
-    def _compose(self, base: Tensor, kind: str, acting: list[str]) -> Tensor:
+    def _compose(self, base: Tensor, kind: str, acting: list[str], strength: float | None = None) -> Tensor:
         # Called as modules, so that hooks (FSDP2 unshards in one) run.
         device = base.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
-        return fuse(base, [self._modules[name](kind, not self.merged) for name in acting])  # type: ignore[misc]
+                return fuse(base, [self._modules[name](kind, not self.merged, strength) for name in acting])  # type: ignore[misc]
+        return fuse(base, [self._modules[name](kind, not self.merged, strength) for name in acting])  # type: ignore[misc]
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._fused.clear()
@@ -183,7 +186,7 @@ class Slot(nn.Module):
 class _Fused:
     """A fused weight or bias, and what it was formed from: Parameters, each at an address and a version."""
 
-    __slots__ = ("base", "factors", "value", "values")
+    __slots__ = ("base", "factors", "low_ranks", "value", "values")
 
     def __init__(self, value: Tensor, base: Tensor, low_ranks: list[LowRank], keep_values: bool) -> None:
         self.value = value
@@ -193,7 +196,12 @@ class _Fused:
             for low_rank in low_ranks
             for name, tensor in low_rank.factors().items()
         ]
+        self.low_ranks = [(low_rank, low_rank.strength) for low_rank in low_ranks]
         self.values = [tensor.detach().clone() for _, _, tensor, _, _ in self.factors] if keep_values else []
+
+    def is_of(self, low_ranks: list[LowRank]) -> bool:
+        """Whether it was formed from these, at the strengths that they have."""
+        return self.low_ranks == [(low_rank, low_rank.strength) for low_rank in low_ranks]
 
     def has_values(self) -> bool:
         """Whether every factor holds the values of then."""

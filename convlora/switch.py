@@ -61,8 +61,9 @@ def per_sample(model: M, names: Sequence[str | None], *, folded: bool = False) -
 
     One forward serves requests for several adapters, each with its own fused weight. The samples are the rows of the
     first dimension of each adapted layer's input; networks that fold windows or frames into it, the rows of a sample
-    next to each other (SwinIR), need `folded=True`. Each named adapter acts at strength 1. The former state comes back,
-    also after an exception. Not for several threads at a time.
+    next to each other (SwinIR), need `folded=True`. Each named adapter acts at strength 1, active or not; what
+    `activate` has set comes back after the block, also after an exception. Fused weights are kept for the next block
+    until then. Not for several threads at a time.
 
     Raises:
         ConvLoRAError: no names, no such adapter, or a merged model; in a forward, a layer input without a row for each
@@ -78,21 +79,19 @@ def per_sample(model: M, names: Sequence[str | None], *, folded: bool = False) -
         raise ConvLoRAError(
             f"per_sample: expected a list with an adapter's name or None for each sample, got {names!r}"
         )
-    strengths = _strengths([name for name in names if name is not None], "per_sample")
-    root = with_adapters(model, "per_sample", strengths)
-    chosen, before = list(slots(root)), [(slot, slot._rows) for slot in slots(root)]
+    named = _strengths([name for name in names if name is not None], "per_sample")
+    chosen = list(slots(with_adapters(model, "per_sample", named)))
     if any(slot.merged for slot in chosen):
         raise ConvLoRAError("per_sample: the model is merged, one weight for all samples; unmerge first")
+    before = [slot._rows for slot in chosen]
     rows = Rows(names, folded)
-    with _restored(root):
-        try:
-            for slot in chosen:
-                slot.activate(strengths)
-                slot._rows = rows
-            yield model
-        finally:
-            for slot, former in before:
-                slot._rows = former
+    try:
+        for slot in chosen:
+            slot._rows = rows
+        yield model
+    finally:
+        for slot, former in zip(chosen, before, strict=True):
+            slot._rows = former
 
 
 def _strengths(names: Names, operation: str) -> dict[str, float]:

@@ -34,7 +34,19 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def slots(model: nn.Module) -> list[Slot]:
-    return [slot_of(module) for module in model.modules() if isinstance(module, Adapted)]
+    """The slots of all adapted layers, each once, in model order; quick, since every switch asks."""
+    found, seen, ahead = [], set(), [model]
+    while ahead:
+        module = ahead.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        children = list(module._modules.values())
+        if isinstance(module, Adapted):
+            found.append(slot_of(module))
+            children.remove(found[-1])
+        ahead += [child for child in reversed(children) if child is not None]
+    return found
 
 
 def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
