@@ -25,7 +25,8 @@ from convlora.lowrank import LowRank
 from convlora.slot import Slot
 from convlora.thin import Update
 
-# Below this many multiplications in a layer's forward, the calls of other forms cost more than they save.
+# Below this many multiplications in a layer's forward, for each thread, the calls of other forms cost more than they
+# save.
 LEAST_WORK = 5e7
 # Above this share of the smaller side of the weight, thin products cost more than the whole gradient.
 LARGEST_SHARE = 1 / 5
@@ -87,7 +88,9 @@ def _padding(layer: Any) -> tuple[int, int] | None:
 
 def _is_worth_it(weight: Tensor, update: Update, positions: int) -> bool:
     smaller = min(weight.shape[:2])
-    return positions * weight.numel() >= LEAST_WORK and len(update.a) <= LARGEST_SHARE * smaller
+    return (
+        positions * weight.numel() >= LEAST_WORK * torch.get_num_threads() and len(update.a) <= LARGEST_SHARE * smaller
+    )
 
 
 def _update(slot: Slot, x: Any, weight: Any) -> Update | None:
