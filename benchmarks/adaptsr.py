@@ -215,15 +215,15 @@ def best_rates(base: str, found: Mapping[Trial, Result]) -> dict[str, float]:
 
 
 def table_trials(
-    base: str, degradation: str, rates: Mapping[str, float], seeds: int, richer_seeds: int
+    base: str, degradation: str, rates: Mapping[str, float], seeds: int, richer: bool
 ) -> dict[str, list[Trial]]:
     """Row of the table -> its trials, one for each seed."""
     rows = {"bicubic": [Trial(base, degradation, "bicubic")], "base, frozen": [Trial(base, degradation, "base")]}
-    settings = [("full", 0.0), *((method, budget) for budget in BUDGETS for method in METHODS)]
+    settings = [("full", 0.0), *((method, budget) for budget in BUDGETS[: 1 + richer] for method in METHODS)]
     for method, budget in settings:
         rate = rates[method.partition(" ")[0]]
         name = f"{METHODS[method]}, at most {budget:.0%}" if budget else "all weights"
-        count = richer_seeds if budget == BUDGETS[1] else seeds
+        count = 1 if budget == BUDGETS[1] else seeds
         rows[name] = [Trial(base, degradation, method, budget, rate, seed) for seed in range(count)]
     return rows
 
@@ -280,13 +280,20 @@ def goals(rows: Mapping[tuple[str, str], Mapping[str, list[Trial]]], found: Mapp
             if budget == least and method != "PEFT"
         )
         differences = [
-            [a - b for a, b in zip(by_method[f"{factors} allocated", budget], by_method[factors, budget], strict=True)]
+            [
+                a - b
+                for a, b in zip(
+                    by_method.get((f"{factors} allocated", budget), ()),
+                    by_method.get((factors, budget), ()),
+                    strict=True,
+                )
+            ]
             for budget in BUDGETS
             for factors in ("locon", "convlora")
         ]
         verdict = "met" if best - full > -0.03 else "missed"
         section.rows.append((
-            f"{base}, {degradation}", f"{best - full:+.3f} ({verdict})", *(mean_and_deviation(d) for d in differences),
+            f"{base}, {degradation}", f"{best - full:+.3f} ({verdict})", *(mean_and_deviation(d) if d else "" for d in differences),
         ))  # fmt: skip
         section.data.append(
             {"base": base, "degradation": degradation, "over_full": best - full, "allocated": differences}
@@ -349,7 +356,7 @@ def main(
     data: Annotated[Path, typer.Argument(help="Folder with bsds/train and bsds/val.", exists=True)],
     base: Annotated[list[str], typer.Option(help="NAME=checkpoint of a SPAN, SwinIR or RRDBNet; may be repeated.")],
     seeds: Annotated[int, typer.Option(help="Seeds of the table.", min=1)] = 3,
-    richer_seeds: Annotated[int, typer.Option(help="Seeds of its rows with the larger budget.", min=1)] = 1,
+    richer: Annotated[list[str] | None, typer.Option(help="Bases with rows of the larger budget, else all.")] = None,
     jobs: Annotated[int, typer.Option(help="Trainings at a time, one thread each.", min=1)] = 2,
     rounds: Annotated[int, typer.Option(help="Rounds of timing a step.", min=1)] = 15,
     trials: Annotated[Path, typer.Option(help="Where finished trainings are kept.")] = Path(
@@ -373,13 +380,16 @@ def main(
     for name in bases:
         searched = [trial for rates in searches(name).values() for trial in rates]
         found |= carry_all(searched, carry, trials, jobs)
-        rows |= {(name, d): table_trials(name, d, best_rates(name, found), seeds, richer_seeds) for d in DEGRADED}
+        rows |= {
+            (name, d): table_trials(name, d, best_rates(name, found), seeds, not richer or name in richer)
+            for d in DEGRADED
+        }
         wanted = [trial for d in DEGRADED for row in rows[name, d].values() for trial in row]
         found |= carry_all(wanted, carry, trials, jobs)
     sections = [goals(rows, found), *(table(*place, row, found) for place, row in rows.items()), costs(bases, rounds)]
     for section in sections:
         section.show()
-    command = f"python benchmarks/adaptsr.py DATA --seeds {seeds} --richer-seeds {richer_seeds} " + " ".join(
+    command = f"python benchmarks/adaptsr.py DATA --seeds {seeds} " + " ".join(
         f"--base {name}={path.name}" for name, path in bases.items()
     )
     write_results(out, command, facts, sections)
