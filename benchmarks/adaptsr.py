@@ -292,9 +292,8 @@ def goals(rows: Mapping[tuple[str, str], Mapping[str, list[Trial]]], found: Mapp
             for factors in ("locon", "convlora")
         ]
         verdict = "met" if best - full > -0.03 else "missed"
-        section.rows.append((
-            f"{base}, {degradation}", f"{best - full:+.3f} ({verdict})", *(mean_and_deviation(d) if d else "" for d in differences),
-        ))  # fmt: skip
+        shown = (mean_and_deviation(pairs) if pairs else "" for pairs in differences)
+        section.rows.append((f"{base}, {degradation}", f"{best - full:+.3f} ({verdict})", *shown))
         section.data.append(
             {"base": base, "degradation": degradation, "over_full": best - full, "allocated": differences}
         )
