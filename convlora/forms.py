@@ -25,8 +25,8 @@ from convlora.lowrank import LowRank
 from convlora.slot import Slot
 from convlora.thin import Update
 
-# Below this many multiplications in a layer's forward, times the square of the threads (small products gain less by them
-# than convolutions do), the calls of other forms cost more than they save.
+# Below this many multiplications in a layer's forward, times the square of the threads (by which small products gain
+# less than convolutions do), the calls of other forms cost more than they save.
 LEAST_WORK = 6e7
 # Above this share of the smaller side of the weight, thin products cost more than the whole gradient.
 LARGEST_SHARE = 1 / 5
