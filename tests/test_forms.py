@@ -320,7 +320,7 @@ def test_small_layers_and_large_ranks_get_the_composite(used: list[str]) -> None
     small, wide, thick = (nn.Conv2d(width, width, 3, padding=1) for width in (8, 48, 48))
     for layer, rank in ((small, 1), (wide, 4), (thick, 24)):
         convlora.inject(layer, "*", rank=rank, factors="locon")
-        layer(torch.randn(torch.get_num_threads(), layer.in_channels, 64, 64))
+        layer(torch.randn(torch.get_num_threads() ** 2, layer.in_channels, 64, 64))
     assert used == ["conv2d"]
 
 
