@@ -169,10 +169,11 @@ class Adapter:
             raise ConvLoRAError(f"Adapter.delta: no layer {layer!r}; the adapter has {known}")
         return update(self.config, self.layers[layer], 1.0)
 
-    def apply_to(self, state_dict: Mapping[str, Any], strength: float = 1.0) -> dict[str, Any]:
+    def apply_to(self, state_dict: Mapping[str, Any], strength: float = 1.0, *, exact: bool = False) -> dict[str, Any]:
         """A checkpoint with the adapter merged in: key order, dtypes and all other entries stay.
 
-        The values are bitwise those that `convlora.merge` computes. The given state dict is not changed.
+        The values are bitwise those that `convlora.merge` computes, with the same `exact`. The given state dict is not
+        changed.
 
         Raises:
             ConvLoRAError: weights are missing or of other shapes; all are listed.
@@ -187,7 +188,7 @@ class Adapter:
         """
         from convlora.checkpoint import apply
 
-        return apply([(self, strength)], state_dict)
+        return apply([(self, strength)], state_dict, exact)
 
     # --- algebra: each gives a new adapter; the mathematics is in algebra.py and checkpoint.py
 
@@ -292,9 +293,9 @@ class Adapter:
         return extract(base_state_dict, tuned_state_dict, rank, energy, factors, name, specs)
 
 
-def update(config: AdapterConfig, layer: LayerFactors, strength: float) -> Tensor:
+def update(config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False) -> Tensor:
     """ΔW of a layer with its scale and a strength, in the computation and the order of an adapted layer."""
-    factors = {name: wide(t) for name, t in layer.tensors.items()}
+    factors = {name: t.double() if exact else wide(t) for name, t in layer.tensors.items()}
     delta = layer.spec.from_convolution(get_factors(config.factors).delta(factors, layer.spec))
     return delta * (strength * config.scale(layer.rank, layer.alpha))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from convlora.adapter import BIAS, Adapter, LayerFactors, key, update, wide
 from convlora.algebra import algebraic, assemble, unit_alpha
 from convlora.config import AdapterConfig, is_number
-from convlora.conv import fuse, is_finite
+from convlora.conv import fuse, fuse_exactly, is_finite
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors import WeightSpec
 from convlora.formats.native import fingerprint
@@ -24,7 +24,9 @@ from convlora.truncate import chooser
 OPERATION = "Adapter.extract"
 
 
-def apply(strengths: Sequence[tuple[Adapter, float]], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def apply(
+    strengths: Sequence[tuple[Adapter, float]], state_dict: Mapping[str, Any], exact: bool = False
+) -> dict[str, Any]:
     """See `Adapter.apply_to`; of several adapters the updates are summed before the one rounding, as in a model."""
     if not isinstance(state_dict, Mapping):
         raise ConvLoRAError(f"Adapter.apply_to: expected a state dict, got {type(state_dict).__name__}")
@@ -48,7 +50,8 @@ def apply(strengths: Sequence[tuple[Adapter, float]], state_dict: Mapping[str, A
     merged: dict[str, Tensor] = {}
     for name, parts in steps(changes.items()):
         base = state_dict[name]
-        merged[name] = fuse(base.detach(), (_change(name, *part).to(base.device) for part in parts.values()))
+        updates = (_change(name, *part, exact).to(base.device) for part in parts.values())
+        merged[name] = (fuse_exactly if exact else fuse)(base.detach(), updates)
         if not is_finite(merged[name]):
             problems.non_finite.append(name)
     problems.raise_if_any("Adapter.apply_to")
@@ -80,10 +83,10 @@ def _kinds(layer: LayerFactors) -> tuple[str, ...]:
     return ("weight", "bias") if BIAS in layer.tensors else ("weight",)
 
 
-def _change(name: str, adapter: Adapter, layer: LayerFactors, strength: float) -> Tensor:
+def _change(name: str, adapter: Adapter, layer: LayerFactors, strength: float, exact: bool) -> Tensor:
     if name.endswith("weight"):
-        return update(adapter.config, layer, strength)
-    return wide(layer.tensors[BIAS]) * strength
+        return update(adapter.config, layer, strength, exact)
+    return (layer.tensors[BIAS].double() if exact else wide(layer.tensors[BIAS])) * strength
 
 
 def extract(

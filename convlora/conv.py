@@ -27,6 +27,40 @@ def fuse(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
     return total.to(weight.dtype)
 
 
+def fuse_exactly(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
+    """`W + Σ ΔWᵢ` of float64 updates, summed in float64: the nearest value of W's dtype.
+
+    Shapes: all as the weight.
+
+    Example:
+        >>> fuse_exactly(torch.ones(1), [torch.full((1,), 0.5 + 2**-40, dtype=torch.float64)]).item()
+        1.5
+    """
+    total = weight.double()
+    for update in updates:
+        total = total + update
+    return nearest(total, weight.dtype)
+
+
+def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 values rounded once to a narrower dtype, ties to even.
+
+    `.to` rounds twice on the way to 16 bits, first to float32. Rounding to odd there keeps the second one right
+    (Boldo and Melquiond 2008, IEEE Transactions on Computers 57, 462).
+
+    Example:
+        >>> just_above_a_tie = torch.tensor(1 + 2**-8 + 2**-40, dtype=torch.float64)
+        >>> just_above_a_tie.to(torch.bfloat16).item(), nearest(just_above_a_tie, torch.bfloat16).item()
+        (1.0, 1.0078125)
+    """
+    if dtype.itemsize > 2:
+        return values.to(dtype)
+    single = values.to(torch.float32)
+    to_even = (single != values) & (single.view(torch.int32) % 2 == 0)
+    towards = torch.where(values > single, torch.inf, -torch.inf).to(torch.float32)
+    return torch.where(to_even, torch.nextafter(single, towards), single).to(dtype)
+
+
 def is_finite(values: Tensor) -> bool:
     """Whether no value is infinite or NaN; true of a tensor without values (meta device).
 

@@ -216,9 +216,8 @@ _REGISTRY: dict[str, Factorization] = {"convlora": ConvLoRAFactors(), "locon": L
 
 # A factor's tensor becomes a parameter of the module that holds the factors: these names it has already.
 _RESERVED = frozenset(dir(nn.Module())) | {
-    "alpha", "config", "configure", "copy_", "factorization", "factors", "lora_bias", "rank", "reset_parameters",
-    "scale",
-    "set_strength", "spec", "strength",
+    "alpha", "config", "configure", "copy_", "factorization", "factors", "in_float64", "lora_bias", "rank",
+    "reset_parameters", "scale", "set_strength", "spec", "strength",
 }  # fmt: skip
 
 

@@ -109,6 +109,13 @@ class LowRank(nn.Module):
         gain = self._gain if as_tensor else strength * self.scale
         return self.spec.from_convolution(self.factorization.delta(factors, self.spec)) * gain
 
+    def in_float64(self, kind: str) -> Tensor:
+        """The scaled update of `weight` or `bias`, computed in float64 and without dropout."""
+        wide = {name: p.double() for name, p in self.factors().items()}
+        if kind == "bias":
+            return wide["lora_bias"] * self.strength
+        return self.spec.from_convolution(self.factorization.delta(wide, self.spec)) * (self.strength * self.scale)
+
     def _follow(self) -> None:
         """Bring the scale to the device of the factors, which `load_state_dict(assign=True)` may have changed."""
         device = getattr(self, self._tensors[0]).device

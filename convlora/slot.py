@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
-from convlora.conv import fuse
+from convlora.conv import fuse, fuse_exactly
 from convlora.errors import ConvLoRAError
 from convlora.lowrank import LowRank
 from convlora.rows import Rows
+
+State = tuple[dict[str, float], bool, bool, "dict[str, float] | None"]
 
 
 class Slot(nn.Module):
@@ -26,6 +28,7 @@ class Slot(nn.Module):
         super().__init__()
         self.active: tuple[str, ...] = ()
         self.merged = False
+        self._exact = False
         self._before_merge: dict[str, float] | None = None
         self._fused: dict[str, _Fused | None] = {}
 
@@ -54,26 +57,26 @@ class Slot(nn.Module):
     def strengths(self) -> dict[str, float]:
         return {name: self.low_rank(name).strength for name in self.active}
 
-    def merge(self, strengths: Mapping[str, float] | None) -> None:
-        """Use one fused weight, of the active adapters or of others until `unmerge`."""
+    def merge(self, strengths: Mapping[str, float] | None, exact: bool) -> None:
+        """Use one fused weight, of the active adapters or of others until `unmerge`; `exact`: formed in float64."""
         before = self.strengths() if self._before_merge is None else self._before_merge
         self._fused.clear()
         if strengths is not None:
             self.activate(strengths)
             self._before_merge = before
-        self.merged = True
+        self.merged, self._exact = True, exact
 
     def unmerge(self) -> None:
-        self.merged = False
+        self.merged = self._exact = False
         if self._before_merge is not None:
             self.activate(self._before_merge)
         self._fused.clear()
 
-    def state(self) -> tuple[dict[str, float], bool, dict[str, float] | None]:
-        return self.strengths(), self.merged, self._before_merge
+    def state(self) -> State:
+        return self.strengths(), self.merged, self._exact, self._before_merge
 
-    def restore(self, state: tuple[dict[str, float], bool, dict[str, float] | None]) -> None:
-        strengths, self.merged, before = state
+    def restore(self, state: State) -> None:
+        strengths, self.merged, self._exact, before = state
         self._fused.clear()
         self.activate(strengths)
         self._before_merge = before
@@ -166,6 +169,8 @@ class Slot(nn.Module):
         self._fused.clear()
 
     def _compose(self, base: Tensor, kind: str, acting: list[str], strength: float | None = None) -> Tensor:
+        if self._exact and not torch.compiler.is_compiling():
+            return fuse_exactly(base, [self.low_rank(name).in_float64(kind) for name in acting])
         # Called as modules, so that hooks (FSDP2 unshards in one) run.
         device = base.device.type
         if device != "meta" and torch.is_autocast_enabled(device):

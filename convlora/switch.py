@@ -122,11 +122,16 @@ def _restored(root: nn.Module) -> Iterator[None]:
             slot.restore(state)
 
 
-def merge(model: M, names: Names | None = None, *, check_finite: bool = True) -> M:
+def merge(model: M, names: Names | None = None, *, check_finite: bool = True, exact: bool = False) -> M:
     """From now on each layer computes with one fused weight, formed from the active (or the named) adapters.
 
     The fused weight lies beside the base Parameter, which is never written: `state_dict()` stays the same, and
     `unmerge` is exact in every dtype. While merged, no gradient reaches the factors.
+
+    By default the fused weight is bitwise the one that the unmerged layer computes with. That one is formed in float32,
+    so last bits of it are off, more of them where W and ΔW cancel. `exact=True` forms it in float64 instead: each
+    element is the nearest value of the weight's dtype, and the output moves by as much. (On devices with float64; a
+    compiled graph goes on forming it in float32.)
 
     Raises:
         ConvLoRAError: no such adapter, or a fused weight with a non-finite value (`check_finite`), naming the
@@ -146,7 +151,7 @@ def merge(model: M, names: Names | None = None, *, check_finite: bool = True) ->
     bad = []
     try:
         for path, layer in adapted_layers(root).items():
-            slot_of(layer).merge(strengths)
+            slot_of(layer).merge(strengths, exact)
             with still(layer):
                 values = {kind: getattr(layer, kind) for kind in ("weight", "bias")}
             bad += [

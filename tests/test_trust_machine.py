@@ -1,0 +1,73 @@
+"""The state machine of `benchmarks/trust` at a small count, and that it finds what it looks for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import convlora
+import convlora.slot
+from benchmarks.trust import machine
+from convlora.lowrank import LowRank
+from convlora.slot import Slot
+
+
+def test_random_lives_agree_with_a_dense_oracle() -> None:
+    done = machine.run(steps=200, length=25)
+    assert done["(weights)"] >= 7 * 200
+    assert len(done) > 12  # operations of many sorts
+
+
+def _off_by_some_ulp(fuse: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda weight, updates: fuse(weight, updates) * (1 + 2**-17)
+
+
+def _never_cleared(load: Callable[..., None]) -> Callable[..., None]:
+    def stale(self: Slot, *arguments: Any) -> None:
+        fused = dict(self._fused)
+        load(self, *arguments)
+        self._fused.update(fused)
+
+    return stale
+
+
+def _forgets_strengths(restore: Callable[..., None]) -> Callable[..., None]:
+    return lambda self, state: restore(self, (dict.fromkeys(state[0], 1.0), *state[1:]))
+
+
+def _halves(copy_: Callable[..., None]) -> Callable[..., None]:
+    return lambda self, factors: copy_(self, {name: t.bfloat16().to(t.dtype) for name, t in factors.items()})
+
+
+FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "an effective weight off by some ulp": (convlora.slot, "fuse", _off_by_some_ulp),
+    "a context manager that forgets strengths": (Slot, "restore", _forgets_strengths),
+    "a file whose factors lose digits": (LowRank, "copy_", _halves),
+    "an unmerge that forgets what was active": (Slot, "unmerge", lambda f: lambda self: setattr(self, "merged", False)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_machine_finds(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, name, broken = FAULTS[fault]
+    monkeypatch.setattr(where, name, broken(getattr(where, name)))
+    with pytest.raises(AssertionError):
+        machine.run(steps=2000, length=25, shrink=False)
+
+
+def test_the_oracle_says_what_a_stock_network_computes() -> None:
+    from benchmarks.trust.dense import FEATURES, Net, Oracle
+
+    net, oracle, x = Net().double(), Oracle(torch.float64), torch.randn(FEATURES, dtype=torch.float64)
+    oracle.take_base(net.state_dict())
+    y, bound = oracle.output(x)
+    assert bool(((net(x) - y).abs() <= bound).all())
+    assert float(bound.max()) < 1e-10
