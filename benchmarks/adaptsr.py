@@ -58,7 +58,7 @@ import convlora
 BUDGETS = (0.08, 0.24)  # of the base's parameters
 DEGRADED = ("camera", "night")
 BATCHES = 16  # that the allocation of ranks looks at
-RATES = {"full": (2e-4, 4e-4, 8e-4), "else": (5e-3, 1e-2, 2e-2)}
+RATES = {"full": (4e-4, 8e-4, 1.6e-3), "else": (5e-3, 1e-2, 2e-2)}
 METHODS = {
     "PEFT": "PEFT LoRA, one rank",
     "locon": "locon, one rank",
