@@ -129,10 +129,9 @@ class Trial:
             try:
                 self._one(name, call, case, outcome)
             except Exception as error:
-                trace = traceback.extract_tb(error.__traceback__)[-1]
-                outcome.faults.append(
-                    f"{name}: {type(error).__name__}: {str(error)[:200]!r} at {Path(trace.filename).name}:{trace.lineno}"
-                )
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{Path(last.filename).name}:{last.lineno}"
+                outcome.faults.append(f"{name}: {type(error).__name__}: {str(error)[:200]!r} at {where}")
         for file in case.files:
             with contextlib.suppress(OSError):
                 (place / file if place.is_dir() else place).unlink()
@@ -149,25 +148,20 @@ class Trial:
         return place
 
     def _calls(self, case: Case, place: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-        options: dict[str, Any] = {"alpha": seeds.ALPHA, "rank": 2} if case.kind == "loralib" else {}
-        hot = self.models[case.kind]
+        alpha: dict[str, Any] = {"alpha": seeds.ALPHA} if case.kind == "loralib" else {}
+        options = {**alpha, "rank": 2} if alpha else {}
+        kind, hot, read = case.kind, self.models[case.kind], formats.read
         if case.kind == "convlora":
             yield "Adapter.read", lambda: Adapter.read(place)
             yield "load", lambda: self._load(self.base, place)
             yield "load, hot swap", lambda: self._load(hot, place, convlora.adapters(hot).popitem()[0])
         else:
-            yield (
-                "formats.read, layers",
-                lambda: formats.read(place, case.kind, layers=self.specs, alpha=options.get("alpha")),
-            )
-            yield "load of formats.read", lambda: self._load(self.base, formats.read(place, **options))
-            yield (
-                "hot swap of formats.read",
-                lambda: self._load(hot, formats.read(place, case.kind, **options), "default"),
-            )
-        yield "formats.read", lambda: formats.read(place)
+            yield "read, layers", lambda: read(place, kind, layers=self.specs, **alpha)
+            yield "load of read", lambda: self._load(self.base, read(place, **options))
+            yield "hot swap of read", lambda: self._load(hot, read(place, kind, **options), "default")
+        yield "read", lambda: read(place)
         other = formats.FORMATS[len(case.files[next(iter(case.files))]) % 4] if case.files else "peft"
-        yield f"formats.read, {other}", lambda: formats.read(place, other)
+        yield f"read as {other}", lambda: read(place, other)
 
     def _load(self, model: nn.Module, source: Any, name: str | None = None) -> Adapter:
         convlora.load(model, source, name=name)

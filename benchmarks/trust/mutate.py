@@ -5,8 +5,10 @@ A case is a dict of file names and bytes; every function takes a `random.Random`
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import math
 import pickle
 import random
 import struct
@@ -22,15 +24,16 @@ from convlora.formats.native import checksum
 
 Files = dict[str, bytes]
 
-DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I64", "I32", "I8", "U8", "U64", "BOOL", "C64",
-          "F128", "", "f32")  # fmt: skip
+DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I64", "I32", "I8", "U8", "U64", "BOOL",
+          "C64", "F128", "", "f32")  # fmt: skip
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1,
          "F8_E5M2": 1}  # fmt: skip
 NUMBERS = (-1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30, 10**400, 1.5,
            -0.0, 1e18, 1e308)  # fmt: skip
 NAMES = (
-    "", ".", "..", "/", "../../etc/passwd", "/etc/passwd", "..\\..\\x", "C:\\x", "a\0b", "a\nb", "\x1b[31mred", "\ud800",
-    "é", "e\u0301", "\u202egnp", "stem", "stem.", ".stem", "stem..lora_A", "body", "body.0.0", "stem.weight", "__class__",
+    "", ".", "..", "/", "../../etc/passwd", "/etc/passwd", "..\\..\\x", "C:\\x", "a\0b", "a\nb", "\x1b[31mred",
+    "\ud800", "é", "e\u0301", "\u202egnp", "stem", "stem.", ".stem", "stem..lora_A", "body", "body.0.0", "stem.weight",
+    "__class__",
     "stem.convlora", "stem.convlora.default.lora_A", "__metadata__", "lora_A", ".lora_A", "x" * 3000, "a." * 3000, "*",
     "stem.lora_A", "head.lora_B", "head.lora_bias", "re:(a+)+$", "%s%n", "{0.__class__}", "weight", "default.lora_A",
 )  # fmt: skip
@@ -170,8 +173,8 @@ def _shape(rng: random.Random, packed: Packed) -> None:
     at = rng.randrange(len(shape)) if shape else 0
     entry["shape"] = rng.choice(
         [
-            shape[::-1], [*shape, 1], [1, *shape], [0, *shape], [*shape[:at], rng.choice(NUMBERS), *shape[at + 1 :]], [],
-            [2**62, 2**62], [0, 2**62, 2**62], [-1, *shape[1:]], [int(torch.tensor(shape).prod())], None, "3", [1] * 70,
+            shape[::-1], [*shape, 1], [1, *shape], [0, *shape], [*shape[:at], rng.choice(NUMBERS), *shape[at + 1 :]],
+            [], [2**62, 2**62], [0, 2**62, 2**62], [-1, *shape[1:]], [math.prod(shape)], None, "3", [1] * 70,
             [*shape[:at], *shape[at + 1 :]],
         ]
     )  # fmt: skip
@@ -182,10 +185,8 @@ def _rename(rng: random.Random, packed: Packed) -> None:
     name, entry = packed.entries[at]
     other = rng.choice(packed.entries)[0]
     head, _, tail = name.rpartition(".")
-    new = rng.choice(
-        [rng.choice(NAMES), other, f"{rng.choice(NAMES)}.{tail}", f"{head}.{rng.choice(NAMES)}", name.upper()]
-    )
-    packed.entries[at] = new, entry
+    odd = rng.choice(NAMES)
+    packed.entries[at] = rng.choice([odd, other, f"{odd}.{tail}", f"{head}.{odd}", name.upper()]), entry
 
 
 def _twice(rng: random.Random, packed: Packed) -> None:
@@ -199,13 +200,11 @@ def _twice(rng: random.Random, packed: Packed) -> None:
 
 def _fewer(rng: random.Random, packed: Packed) -> None:
     """A tensor left out, with or without its bytes."""
-    name, entry = packed.entries.pop(rng.randrange(len(packed.entries)))
-    first, last = entry["data_offsets"]
+    at = rng.randrange(len(packed.entries))
     if rng.random() < 0.7:
-        packed.data = packed.data[:first] + packed.data[last:]
-        for _, other in packed.entries:
-            if other["data_offsets"][0] >= last:
-                other["data_offsets"] = [at - (last - first) for at in other["data_offsets"]]
+        _without(packed, at)
+    else:
+        del packed.entries[at]
 
 
 def _more(rng: random.Random, packed: Packed) -> None:
@@ -223,13 +222,13 @@ def _empty(rng: random.Random, packed: Packed) -> None:
     """A tensor of no elements in place of one of some."""
     at = rng.randrange(len(packed.entries))
     name, entry = packed.entries[at]
-    _fewer_at(packed, at)
+    _without(packed, at)
     shape = list(entry["shape"]) or [1]
     shape[rng.randrange(len(shape))] = 0
     packed.entries.append((name, {**entry, "shape": shape, "data_offsets": [len(packed.data)] * 2}))
 
 
-def _fewer_at(packed: Packed, at: int) -> None:
+def _without(packed: Packed, at: int) -> None:
     first, last = packed.entries.pop(at)[1]["data_offsets"]
     packed.data = packed.data[:first] + packed.data[last:]
     for _, other in packed.entries:
@@ -239,7 +238,7 @@ def _fewer_at(packed: Packed, at: int) -> None:
 
 def _values(rng: random.Random, packed: Packed) -> None:
     """NaN, infinity, the largest and the smallest numbers."""
-    name, entry = rng.choice(packed.entries)
+    _, entry = rng.choice(packed.entries)
     first, last = entry["data_offsets"]
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
     dtype = kinds.get(entry["dtype"], torch.float32)
@@ -275,7 +274,8 @@ def _shuffle(rng: random.Random, packed: Packed) -> None:
 
 
 STRUCTURAL: tuple[Callable[[random.Random, Packed], None], ...] = (
-    _offsets, _dtype, _shape, _rename, _twice, _fewer, _more, _empty, _values, _metadata, _metadata, _metadata, _shuffle,
+    _offsets, _dtype, _shape, _rename, _twice, _fewer, _more, _empty, _values, _metadata, _metadata, _metadata,
+    _shuffle,
 )  # fmt: skip
 
 
@@ -309,7 +309,7 @@ def damaged_safetensors(rng: random.Random, raw: bytes) -> bytes:
         )
         return struct.pack("<Q", len(text)) + text.encode() + packed.data
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        if packed.entries:
+        with contextlib.suppress(Exception):  # what a former one has damaged
             rng.choice(STRUCTURAL)(rng, packed)
     if any(k == "checksum" for k, _ in packed.metadata) and rng.random() < 0.8:
         try:
@@ -437,7 +437,7 @@ def damaged_pickle(rng: random.Random, raw: bytes, sentinel: Path) -> bytes:
     if way < 0.53:  # some megabytes of zeros in some kilobytes
         return zipped([(n, d if i == pickled else bytes(20 << 20)) for i, (n, d) in enumerate(parts)], compress=True)
     if way < 0.6:
-        parts[at] = rng.choice(NAMES) or "x", data
+        parts[at] = rng.choice(NAMES).encode("ascii", "replace").decode() or "x", data
     elif way < 0.65:
         del parts[at]
     elif way < 0.7:
@@ -479,8 +479,9 @@ def damaged(rng: random.Random, files: Files, sentinel: Path) -> Files:
 
 
 PATTERNS = (
-    "(a+)+$", "(.*)*x", "(a|a)" * 30 + "b", "a?" * 40 + "a" * 40, ".*.*.*.*x", ".*" * 20, "[", "(?P<x>", "\\", "^", "$", "",
-    "(?:.?){40}x", "(.|.)" * 25 + "x", "stem|head", ".*stem", r"body\.[0-9]+", "^stem", "(?i)STEM", "(.)\\1", "x{1,99999}",
+    "(a+)+$", "(.*)*x", "(a|a)" * 30 + "b", "a?" * 40 + "a" * 40, ".*.*.*.*x", ".*" * 20, "[", "(?P<x>", "\\", "^", "$",
+    "", "(?:.?){40}x", "(.|.)" * 25 + "x", "stem|head", ".*stem", r"body\.[0-9]+", "^stem", "(?i)STEM", "(.)\\1",
+    "x{1,99999}",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import json
 import tempfile
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,8 @@ def _locon(base: nn.Module) -> Iterator[tuple[str, Files]]:
     yield name, {name: packed.pack()}  # as other libraries write it: nothing states the paths
     yield _written(adapter.to(torch.float16), "locon", "rain.pt", prefix="lora_unet")
     tucker = {
-        "lycoris_stem.lora_down.weight": torch.randn(2, 3, 1, 1), "lycoris_stem.lora_mid.weight": torch.randn(2, 2, 3, 3),
+        "lycoris_stem.lora_down.weight": torch.randn(2, 3, 1, 1),
+        "lycoris_stem.lora_mid.weight": torch.randn(2, 2, 3, 3),
         "lycoris_stem.lora_up.weight": torch.randn(4, 2, 1, 1), "lycoris_stem.alpha": torch.tensor(ALPHA),
     }  # fmt: skip
     yield name, {name: packed_of(tucker, {"format": "pt"})}
@@ -165,7 +166,7 @@ def large() -> dict[str, Callable[[], tuple[str, str, Files]]]:
         tensors = four_megabytes(dtype)
         return native(tensors, json.dumps({"a": [2, 2, [tensors["a.lora_A"].shape[1]] * 2]}))
 
-    def numbers(count: int, name: str = "{}.lora_{}", letters: str = "AB") -> dict[str, Tensor]:
+    def numbers(count: int, name: str = "{}.lora_{}", letters: Sequence[str] = "AB") -> dict[str, Tensor]:
         return {name.format(i, x): torch.ones(1, 1) for i in range(count) for x in letters}
 
     under = "base_model.model.{}.lora_{}.weight"
@@ -190,7 +191,7 @@ def large() -> dict[str, Callable[[], tuple[str, str, Files]]]:
         "a million aliases": lambda: native(few, '{"stem":[1,1,[4,3,3,3],1,0,[' + '"a",' * 1_000_000 + '"a"]]}'),
         "a name of a megabyte": lambda: native({f"{long}.lora_A": torch.ones(1)}),
         "a layer of a megabyte": lambda: native(
-            {f"{long}.{name.rpartition('.')[2]}": t for name, t in few.items()}, json.dumps({long: [1, 1, [4, 3, 3, 3]]})
+            {f"{long}{name.removeprefix('stem')}": t for name, t in few.items()}, one.replace("stem", long)
         ),
         "an adapter's name of a megabyte": lambda: native(few, config='{"targets":["*"],"name":"' + long + '"}'),
         "Tucker factors of a huge kernel": lambda: locon(
@@ -203,7 +204,7 @@ def large() -> dict[str, Callable[[], tuple[str, str, Files]]]:
         "LoCon: a name of a megabyte": lambda: locon(
             {"lycoris_" + "stem_" * 200_000 + name.removeprefix("a"): t for name, t in pair.items()}
         ),
-        "LoCon: 20,000 names": lambda: locon({f"lycoris_{i}{n[1:]}": t for i in range(10_000) for n, t in pair.items()}),
+        "LoCon: 20,000 names": lambda: locon(numbers(10_000, "lycoris_{}.lora_{}.weight", ("down", "up"))),
         "LoCon: a million lists": lambda: locon(pair, **{"convlora.layers": "[" + "[]," * 1_000_000 + "[]]"}),
         "loralib: a million layers": lambda: loralib(
             matrix, **{"convlora.layers": json.dumps({i: [] for i in range(1_000_000)})}
