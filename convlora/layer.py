@@ -13,8 +13,10 @@ import copyreg
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from convlora import threads
 from convlora.errors import ConvLoRAError
 from convlora.factors import WeightSpec
 from convlora.lowrank import LowRank
@@ -113,6 +115,8 @@ class _MissingError(AttributeError):
 def _property(kind: str) -> property:
     def read(self: Any) -> Any:
         try:
+            if not torch.compiler.is_compiling() and threads.current is not None:
+                threads.current.hold_back(self)
             base = raw(self, kind)
             if _readers is not None and kind == "weight":
                 _readers.add(id(self))

@@ -14,7 +14,7 @@ import convlora
 PACKAGE = Path(convlora.__file__).parent
 LEVELS = [  # each file imports from lines above its own
     ["errors", "jsontext", "progress", "table"],
-    ["atomic", "formats.parsing", "formats.pickled", "formats.patterns", "sharded", "truncate"],
+    ["atomic", "formats.parsing", "formats.pickled", "formats.patterns", "sharded", "threads", "truncate"],
     ["config", "factors", "conv"],
     ["lowrank", "adapter"],
     ["slot"],
