@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from convlora.errors import ConvLoRAError
+from convlora.jsontext import parse
 
 Target: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Sequence[Target]"
@@ -153,8 +154,8 @@ class AdapterConfig:
             2
         """
         try:
-            values = json.loads(text)
-        except (TypeError, ValueError, RecursionError) as error:
+            values = parse(text)
+        except (AttributeError, TypeError, ValueError) as error:
             raise ConvLoRAError(f"AdapterConfig: not JSON ({error})") from None
         if not isinstance(values, dict) or "targets" not in values:
             raise ConvLoRAError("AdapterConfig: not a JSON object with targets")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+LONGEST = 20_000  # characters of a message: more of what a hostile file says helps nobody
+
 
 class ConvLoRAError(ValueError):
     """A call that cannot be carried out; nothing was changed.
 
-    The message is one line: the operation, the value at fault, the remedy.
+    The message is one line: the operation, the value at fault, the remedy. What a file says shows in it escaped, where
+    a terminal would not print it but obey.
 
     Example:
         >>> import torch, convlora
@@ -19,6 +22,9 @@ class ConvLoRAError(ValueError):
         inject: target 'typo' selects no layer
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
+
 
 class ConvLoRAWarning(UserWarning):
     """A call that was carried out, with a consequence that deserves a look.
@@ -28,6 +34,16 @@ class ConvLoRAWarning(UserWarning):
         >>> warnings.simplefilter("error", convlora.ConvLoRAWarning)  # be strict
         >>> warnings.resetwarnings()
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
+
+
+def _printable(message: str) -> str:
+    shown = message if len(message) <= LONGEST else f"{message[: LONGEST - 40]}… ({len(message):,} characters)"
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 @dataclass

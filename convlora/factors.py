@@ -42,7 +42,8 @@ class WeightSpec:
 
     def __post_init__(self) -> None:
         sizes = (*self.shape, self.groups)
-        if len(self.shape) < 2 or not all(type(n) is int and n > 0 for n in sizes) or self.shape[0] % self.groups:
+        known = 2 <= len(self.shape) <= 5 and all(type(n) is int and 0 < n < 2**31 for n in sizes)
+        if not known or self.shape[0] % self.groups:
             raise ConvLoRAError(f"WeightSpec: no weight has shape {self.shape} with groups={self.groups}")
 
     @property

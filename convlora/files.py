@@ -19,8 +19,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from convlora.adapter import key
+from convlora.atomic import write_atomically
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
-from convlora.formats.native import as_bytes, write_atomically
+from convlora.formats.native import as_bytes
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".ckpt", ".bin")  # all but the first as `torch.save` writes them

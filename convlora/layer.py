@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from convlora import threads
 from convlora.errors import ConvLoRAError
 from convlora.factors import WeightSpec
 from convlora.forms import form_of
@@ -117,6 +118,8 @@ class _MissingError(AttributeError):
 def _property(kind: str) -> property:
     def read(self: Any) -> Any:
         try:
+            if not torch.compiler.is_compiling() and threads.current is not None:
+                threads.current.hold_back(self)
             base = raw(self, kind)
             if _readers is not None and kind == "weight":
                 _readers.add(id(self))
@@ -209,6 +212,8 @@ def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
     plain, form = base.forward, form_of(base)
 
     def forward(self: Any, input: Tensor, *more: Any) -> Any:
+        if not torch.compiler.is_compiling() and threads.current is not None:
+            threads.current.hold_back(self)
         slot = slot_of(self)
         if slot._rows is not None:
             least_dims = 2 if isinstance(self, nn.Linear) else len(self.kernel_size) + 2

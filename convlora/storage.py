@@ -19,6 +19,7 @@ from convlora.lowrank import LowRank
 from convlora.model import Placement, check_injectable, place
 from convlora.sharded import is_first, is_sharded, mesh_of, reshard, together, whole
 from convlora.targets import nearest
+from convlora.threads import in_threads, steady, switching
 from convlora.walk import adapted_layers, only_name, unwrap
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,7 +39,8 @@ def adapter(model: nn.Module, name: str | None = None) -> Adapter:
         >>> sorted(adapter(model).layers["0"].tensors)
         ['lora_A', 'lora_B']
     """
-    return _take(model, name, copy=True)
+    with steady("adapter"):
+        return _take(model, name, copy=True)
 
 
 def _take(model: nn.Module, name: str | None, copy: bool) -> Adapter:
@@ -80,7 +82,8 @@ def save(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = save(model, f"{folder}/rain.safetensors")
     """
-    taken = _take(model, name, copy=False).to(dtype)
+    with steady("save"):
+        taken = _take(model, name, copy=in_threads()).to(dtype)
     mesh = mesh_of(model)
     first = is_first(model, mesh)
     together(mesh, lambda: taken.write(path) if first else None)
@@ -137,11 +140,12 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
     if not present:
         place(root, [_placement(p, layer, loaded.layers[p]) for p, layer in fitting.items()], config)
         return model
-    for p, layer in fitting.items():
-        slot_of(layer).swap(config.name, loaded.layers[p].tensors, config, loaded.layers[p].alpha)
-    for p in left_out:  # no mixture of two adapters
-        slot_of(present[p]).low_rank(config.name).reset_parameters()
-        slot_of(present[p]).low_rank(config.name).configure(config, slot_of(present[p]).low_rank(config.name).alpha)
+    with switching(root, "load"):
+        for p, layer in fitting.items():
+            slot_of(layer).swap(config.name, loaded.layers[p].tensors, config, loaded.layers[p].alpha)
+        for p in left_out:  # no mixture of two adapters
+            slot_of(present[p]).low_rank(config.name).reset_parameters()
+            slot_of(present[p]).low_rank(config.name).configure(config, slot_of(present[p]).low_rank(config.name).alpha)
     return model
 
 

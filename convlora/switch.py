@@ -14,6 +14,7 @@ from convlora.conv import is_finite
 from convlora.errors import ConvLoRAError
 from convlora.layer import slot_of, still
 from convlora.rows import Rows
+from convlora.threads import switching
 from convlora.walk import adapted_layers, refuse_sharded, refuse_stacked, slots, with_adapters
 
 M = TypeVar("M", bound=nn.Module)
@@ -34,8 +35,10 @@ def activate(model: M, names: Names) -> M:
         >>> _ = activate(model, {"rain": 0.5})
     """
     strengths = _strengths(names, "activate")
-    for slot in slots(with_adapters(model, "activate", strengths)):
-        slot.activate(strengths)
+    root = with_adapters(model, "activate", strengths)
+    with switching(root, "activate"):
+        for slot in slots(root):
+            slot.activate(strengths)
     return model
 
 
@@ -118,8 +121,9 @@ def _restored(root: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for slot, state in before:
-            slot.restore(state)
+        with switching(root, "restoring"):
+            for slot, state in before:
+                slot.restore(state)
 
 
 def merge(model: M, names: Names | None = None, *, check_finite: bool = True, exact: bool = False) -> M:
@@ -147,6 +151,12 @@ def merge(model: M, names: Names | None = None, *, check_finite: bool = True, ex
     root = with_adapters(model, "merge", strengths or ())
     refuse_sharded(root, "merge")
     refuse_stacked(root, "merge")
+    with switching(root, "merge"):
+        _merge(root, strengths, check_finite, exact)
+    return model
+
+
+def _merge(root: nn.Module, strengths: Mapping[str, float] | None, check_finite: bool, exact: bool) -> None:
     before = [(slot, slot.state()) for slot in slots(root)]
     bad = []
     try:
@@ -165,7 +175,6 @@ def merge(model: M, names: Names | None = None, *, check_finite: bool = True, ex
         for slot, state in before:
             slot.restore(state)
         raise
-    return model
 
 
 def unmerge(model: M) -> M:
@@ -177,8 +186,10 @@ def unmerge(model: M) -> M:
         >>> unmerge(merge(model))[0].weight.requires_grad
         True
     """
-    for slot in slots(with_adapters(model, "unmerge")):
-        slot.unmerge()
+    root = with_adapters(model, "unmerge")
+    with switching(root, "unmerge"):
+        for slot in slots(root):
+            slot.unmerge()
     return model
 
 

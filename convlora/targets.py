@@ -15,6 +15,7 @@ from convlora.errors import ConvLoRAError
 from convlora.layer import why_not
 
 V = TypeVar("V")
+_COMPARED = 60  # characters of a name, the last, that `nearest` looks at
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -104,11 +105,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
         >>> nearest("conv_lsat", ["conv_1", "conv_last"])
         "nearest: 'conv_last', 'conv_1'"
     """
-    known = list(known)
+    known = list(known)[:2000]  # comparing takes the square of the length, and names can come from a hostile file
     # A pattern is compared with as many trailing parts of each name as it has itself.
     parts = name.count(".") + 1
-    tails = {full: ".".join(full.split(".")[-parts:]) for full in known}
-    ratio = {full: difflib.SequenceMatcher(None, name, tail).ratio() for full, tail in tails.items()}
+    tails = {full: ".".join(full.split(".")[-parts:])[-_COMPARED:] for full in known}
+    matcher = difflib.SequenceMatcher(None, b=name[-_COMPARED:])
+    ratio = {}
+    for full, tail in tails.items():
+        matcher.set_seq1(tail)
+        ratio[full] = matcher.ratio()
     best = sorted(known, key=lambda full: -ratio[full])[:3]
     return "nearest: " + ", ".join(repr(full) for full in best) if best else "there is none"
 

@@ -298,7 +298,7 @@ MALFORMED: dict[str, tuple[dict[str, Tensor], str]] = {
     "a scalar down": ({"conv.lora_down.weight": torch.tensor(1.0)}, "do not fit together"),
     "mid": ({"conv.lora_mid.weight": torch.ones(2, 3, 3, 3)}, "has a mid (2, 3, 3, 3)"),
     "mid over a kernel": ({"conv.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "has a mid (2, 2, 3, 3)"),
-    "alphas": ({"conv.alpha": torch.ones(2)}, "'conv.alpha' is [1.0, 1.0] instead of one finite number"),
+    "alphas": ({"conv.alpha": torch.ones(2)}, "'conv.alpha' is a tensor (2,) instead of one finite number"),
     "NaN alpha": ({"conv.alpha": torch.tensor(math.nan)}, "'conv.alpha' is nan instead of one"),
     "infinite factors": ({"conv.lora_up.weight": torch.full((4, 2, 1, 1), math.inf)}, "non-finite: conv.lora_B"),
     "integers": ({"conv.alpha": torch.tensor(2)}, "int64 instead of floating point"),

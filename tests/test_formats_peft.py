@@ -22,6 +22,7 @@ import convlora
 from convlora import ConvLoRAError, formats
 from convlora.adapter import BIAS
 from convlora.formats import peft as peft_format
+from convlora.formats.patterns import Patterns
 
 PLAIN = ["1d", "2d", "3d"]  # PEFT refuses some grouped convolutions, and LoRA of the others is none of their weights
 pytestmark = pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
@@ -106,13 +107,42 @@ def test_ranks_alphas_and_scaling_are_those_of_the_config(tmp_path: Path, peft: 
 def test_patterns_match_as_those_of_peft(peft: Any) -> None:
     from peft.utils.other import get_pattern_key
 
-    patterns = ["conv", "a.conv1", r"a\.conv1", "^a.conv", "conv1$", ".*", "b|conv", r"conv\d", "(a|b).conv", "v1", ""]
-    paths = ["conv", "conv1", "a.conv1", "a.conv", "x.a.conv1", "aconv", "b", "b.conv", "a.b", "xconv"]
+    patterns = [
+        "conv",
+        "a.conv1",
+        r"a\.conv1",
+        "^a.conv",
+        "conv1$",
+        ".*",
+        "b|conv",
+        r"conv\d",
+        "(a|b).conv",
+        "v1",
+        "",
+        "a.c",
+        "^x.a.con.1",
+        "-",
+    ]
+    paths = [
+        "conv",
+        "conv1",
+        "a.conv1",
+        "a.conv",
+        "x.a.conv1",
+        "aconv",
+        "b",
+        "b.conv",
+        "a.b",
+        "xconv",
+        "abc",
+        "x-a.conv1",
+    ]
     for path in paths:
         for first, second in zip(patterns, patterns[1:] + patterns[:1], strict=True):
             values = {first: 1, second: 2}
             expected = values.get(get_pattern_key(values.keys(), path), 0)
-            assert peft_format._values(values, path, 0)[0] == expected, (path, first, second)
+            found = Patterns(values, "a file").values(path)
+            assert [*found, 0][0] == expected, (path, first, second)
 
 
 FORMS = ["adapter name in the keys", "no prefix", "adapter name, no prefix"]

@@ -13,8 +13,8 @@ import convlora
 
 PACKAGE = Path(convlora.__file__).parent
 LEVELS = [  # each file imports from lines above its own
-    ["errors", "progress", "table"],
-    ["sharded", "truncate"],
+    ["errors", "jsontext", "progress", "table"],
+    ["atomic", "formats.parsing", "formats.pickled", "formats.patterns", "sharded", "threads", "truncate"],
     ["config", "factors", "conv"],
     ["rows", "thin"],
     ["lowrank", "adapter"],

@@ -30,6 +30,7 @@ from convlora.formats.tensors import dump, load
 from convlora.targets import nearest
 
 PREFIX, LAYERS = "lycoris", "convlora.layers"
+_FOLDED = 64  # a Tucker file's factor, folded, over its parts: at most the kernel's size, 9 to 49 for images
 PREFIXES = ("lycoris", "lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_transformer", "lora")
 
 _DOWN, _UP, _MID, _ALPHA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha"
@@ -110,8 +111,11 @@ def _layer(name: str, parts: Mapping[str, Tensor], spec: WeightSpec | None) -> L
 
 def _fold(name: str, mid: Tensor, down: Tensor) -> Tensor:
     """A down of the whole kernel in place of a Tucker one."""
-    if mid.dim() < 3 or mid.shape[1] != down.shape[0] or down.dim() < 2 or down[0].numel() != down.shape[1]:
-        raise ConvLoRAError(f"'{name}' has a mid {tuple(mid.shape)} and a down {tuple(down.shape)}")
+    shapes = f"'{name}' has a mid {tuple(mid.shape)} and a down {tuple(down.shape)}"
+    if not 3 <= mid.dim() <= 5 or mid.shape[1] != down.shape[0] or down.dim() < 2 or down[0].numel() != down.shape[1]:
+        raise ConvLoRAError(shapes)
+    if mid.shape[0] * down.shape[1] * math.prod(mid.shape[2:]) > _FOLDED * (mid.numel() + down.numel()):
+        raise ConvLoRAError(f"{shapes}, which make a factor of more than {_FOLDED} times their size")
     folded = torch.einsum("rs...,si->ri...", mid.double(), down.flatten(1).double())
     return folded.to(torch.promote_types(down.dtype, torch.float32))
 
@@ -121,7 +125,8 @@ def _alpha(name: str, alpha: Tensor | None, rank: int) -> float:
         return float(rank)
     value = float(alpha) if alpha.numel() == 1 else None
     if not is_number(value):
-        raise ConvLoRAError(f"'{name}.{_ALPHA}' is {alpha.tolist()} instead of one finite number")
+        stated = alpha.item() if alpha.numel() == 1 else f"a tensor {tuple(alpha.shape)}"
+        raise ConvLoRAError(f"'{name}.{_ALPHA}' is {stated} instead of one finite number")
     return value or float(rank)
 
 

@@ -12,27 +12,24 @@ Tensor keys are `<layer path>.lora_A`, `<layer path>.lora_B` (`.lora_bias`), or 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as from_bytes
 from torch import Tensor
 
 from convlora.adapter import Adapter, LayerFactors, key
+from convlora.atomic import write_atomically
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError, one_line
 from convlora.factors import WeightSpec
+from convlora.formats.parsing import contents, unpack
+from convlora.jsontext import parse
 
 FORMAT, VERSION = "convlora", 1
 OTHERS = "convlora.formats.read reads those of PEFT, LoCon and loralib"
@@ -65,16 +62,12 @@ def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
 def read(path: str | os.PathLike[str]) -> Adapter:
     """Read an adapter; see `Adapter.read`."""
     try:
-        with safetensors.safe_open(os.fspath(path), framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ConvLoRAError(f"read: '{path}' is a safetensors file, but no convlora adapter; {OTHERS}")
-        tensors = from_bytes(Path(path).read_bytes())  # several times as fast as one by one
-    except (SafetensorError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, ConvLoRAError):
-            raise
+        tensors, metadata = unpack(contents(path))  # read once: another process may be replacing the file
+    except Exception as error:  # a damaged file can raise anything
         others = "" if isinstance(error, FileNotFoundError) else f"; {OTHERS}"
         raise ConvLoRAError(f"read: '{path}' cannot be read as an adapter file ({one_line(error)}){others}") from None
+    if metadata.get("format") != FORMAT:
+        raise ConvLoRAError(f"read: '{path}' is a safetensors file, but no convlora adapter; {OTHERS}")
     version = metadata.get("convlora.format_version", "")
     if version != str(VERSION):
         raise ConvLoRAError(
@@ -87,7 +80,7 @@ def read(path: str | os.PathLike[str]) -> Adapter:
         return Adapter(config, _layers(metadata["layers"], tensors), metadata.get("fingerprint"))
     except ConvLoRAError as error:
         raise ConvLoRAError(f"read: '{path}': {error}") from None
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except Exception as error:
         raise ConvLoRAError(f"read: '{path}' has malformed metadata ({one_line(error)})") from None
 
 
@@ -146,57 +139,6 @@ def as_bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write through a temporary file in the same folder, so that `path` is never half written.
-
-    Raises:
-        ConvLoRAError: it cannot be written; no temporary file stays behind.
-    """
-    with writing(path), staged(path, data) as put_in_place:
-        put_in_place()
-
-
-@contextlib.contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Whatever goes wrong in writing a file or folder, as one error."""
-    try:
-        yield
-    except (OSError, TypeError, ValueError) as error:
-        if isinstance(error, ConvLoRAError):
-            raise
-        raise ConvLoRAError(f"write: '{path}' cannot be written ({one_line(error)})") from None
-
-
-@contextlib.contextmanager
-def staged(path: str | os.PathLike[str], data: bytes) -> Iterator[Callable[[], None]]:
-    """A complete temporary file beside `path`, and the function that renames it to `path`; see `write_atomically`."""
-    temporary = None
-    try:
-        target = Path(os.path.realpath(path))  # a link keeps pointing where it points
-        if target.exists() and not target.is_file():
-            raise IsADirectoryError("it is a folder or a device")
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~umask()
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, mode)
-        made = temporary
-        yield lambda: os.replace(made, target)
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def umask() -> int:
-    """The mode bits that new files do not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _entry(layer: LayerFactors) -> list[Any]:
     spec = layer.spec
     alpha = int(layer.alpha) if float(layer.alpha).is_integer() else layer.alpha
@@ -220,7 +162,7 @@ def described(text: str) -> dict[str, LayerFactors]:
     Raises:
         ConvLoRAError, LookupError, TypeError, ValueError, AttributeError, RecursionError: it did not write this.
     """
-    entries: dict[str, list[Any]] = json.loads(text)
+    entries: dict[str, list[Any]] = parse(text)
     layers = {}
     for path, entry in entries.items():
         defaults: list[Any] = [1, 0, []]

@@ -26,11 +26,15 @@ from torch import Tensor
 
 from convlora.adapter import BIAS, Adapter, LayerFactors
 from convlora.algebra import assemble
+from convlora.atomic import write_folder
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems, one_line
 from convlora.factors import WeightSpec
 from convlora.formats.native import serialize
-from convlora.formats.tensors import load, write_folder
+from convlora.formats.parsing import contents
+from convlora.formats.patterns import Patterns
+from convlora.formats.tensors import load
+from convlora.jsontext import parse
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -71,12 +75,12 @@ def read(path: str | os.PathLike[str]) -> Adapter:
     tensors = _by_layer(load(folder / WEIGHTS)[0])
     scaling = "sqrt" if settings.get("use_rslora") else "linear"
     config = AdapterConfig(targets="*", factors="locon", rank_scaling=scaling)
-    ranks, alphas = _patterns(settings, "rank_pattern"), _patterns(settings, "alpha_pattern")
+    ranks, alphas = (_patterns(settings, field) for field in ("rank_pattern", "alpha_pattern"))
     problems = Problems()
     layers = {}
     for layer, own in tensors.items():
-        stated = _values(ranks, layer, settings.get("r", 8))
-        alpha = _values(alphas, layer, settings.get("lora_alpha", 8))[0]
+        stated = ranks.values(layer) or [settings.get("r", 8)]
+        alpha = [*alphas.values(layer), settings.get("lora_alpha", 8)][0]
         missing = [f"{layer}.{name}" for name in ("lora_A", "lora_B") if name not in own]
         problems.missing += missing
         if missing:
@@ -94,8 +98,8 @@ def read(path: str | os.PathLike[str]) -> Adapter:
 
 def _settings(folder: Path) -> dict[str, Any]:
     try:
-        settings = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        settings = parse(contents(folder / CONFIG).decode())
+    except (OSError, ValueError) as error:
         raise ConvLoRAError(f"{CONFIG} cannot be read ({one_line(error)})") from None
     if not isinstance(settings, dict):
         raise ConvLoRAError(f"{CONFIG} holds no JSON object")
@@ -142,26 +146,11 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
-def _patterns(settings: Mapping[str, Any], field: str) -> dict[str, Any]:
+def _patterns(settings: Mapping[str, Any], field: str) -> Patterns:
     patterns = settings.get(field) or {}
     if not isinstance(patterns, dict):
         raise ConvLoRAError(f"{CONFIG}: {field} is no JSON object")
-    return patterns
-
-
-def _values(patterns: Mapping[str, Any], layer: str, default: Any) -> list[Any]:
-    """The values of the patterns that match a layer, as PEFT's `get_pattern_key` matches them; else the default."""
-    values = []
-    for pattern, value in patterns.items():
-        # Python cannot stop a search, and these can take for ever.
-        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
-            raise ConvLoRAError(f"{CONFIG}: pattern {pattern!r} repeats too much to be searched safely")
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", layer):
-                values.append(value)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ConvLoRAError(f"{CONFIG}: {pattern!r} is no regular expression ({error})") from None
-    return values or [default]
+    return Patterns(patterns, f"{CONFIG}: {field}")
 
 
 def _layer(path: str, own: Mapping[str, Tensor], rank: int, alpha: float, scale: float) -> LayerFactors:
