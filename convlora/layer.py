@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -64,18 +64,18 @@ def weight_spec(layer: Any) -> WeightSpec:
 
 # --- the adapted layer -------------------------------------------------------------------------------------------
 
-_readers: set[int] | None = None  # ids of the layers whose weight was read, while `recording`
+_on_read: Callable[[nn.Module, Tensor], None] | None = None
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[set[int]]:
-    """Collect the ids of the adapted layers whose weight is read."""
-    global _readers
-    before, _readers = _readers, set()
+def watching_reads(on_read: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Inside the block, call `on_read(layer, weight)` whenever the effective weight of an adapted layer is read."""
+    global _on_read
+    before, _on_read = _on_read, on_read
     try:
-        yield _readers
+        yield
     finally:
-        _readers = before
+        _on_read = before
 
 
 class Adapted(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -114,11 +114,12 @@ def _property(kind: str) -> property:
     def read(self: Any) -> Any:
         try:
             base = raw(self, kind)
-            if _readers is not None and kind == "weight":
-                _readers.add(id(self))
             if base is None or is_sharded(base):  # sharded: whole only inside FSDP2's forward
                 return base
-            return slot_of(self).effective(base, kind)
+            value = slot_of(self).effective(base, kind)
+            if _on_read is not None and kind == "weight":
+                _on_read(self, value)
+            return value
         except _MissingError:
             raise
         except AttributeError as error:

@@ -13,7 +13,7 @@ import convlora
 
 PACKAGE = Path(convlora.__file__).parent
 LEVELS = [  # each file imports from lines above its own
-    ["errors", "progress", "table"],
+    ["errors", "flow", "progress", "table"],
     ["sharded", "truncate"],
     ["config", "factors", "conv"],
     ["lowrank", "adapter"],
