@@ -69,7 +69,7 @@ def _bare(layer: nn.Module, kind: str, value: Tensor) -> Callable[[], None]:
 def _own_class(kind: type[nn.Module]) -> type[nn.Module]:
     """A copy of a parametrized layer's class: torch takes properties off the class, which copies of the layer share."""
     body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    return type(kind)(kind.__name__, kind.__bases__, body)  # type: ignore[misc]
+    return type(kind)(kind.__name__, kind.__bases__, body)  # type: ignore[misc, no-any-return]
 
 
 def _set(layer: nn.Module, kind: str, value: Tensor, requires_grad: bool) -> Callable[[], None]:

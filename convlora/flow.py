@@ -45,6 +45,7 @@ class Flow(TorchDispatchMode):
         self._held: list[StorageWeakRef] = []  # while there is one, no other memory gets that name
         self._keys: dict[int, int] = {}  # what a bit stands for
         self._left = 0
+        self._written: set[int | None] = set()
         for tensor in known:
             self._add(tensor, 0)
 
@@ -60,6 +61,10 @@ class Flow(TorchDispatchMode):
         for leaf in leaves(output):
             bits |= self._of(leaf) if isinstance(leaf, Tensor) else self._every
         return {key for key, bit in self._keys.items() if bits & bit}
+
+    def wrote_to(self, tensor: Tensor) -> bool:
+        """Whether an operation wrote to the memory of a tensor, `.data` or not."""
+        return (name := _memory(tensor)) is not None and name in self._written
 
     @property
     def _every(self) -> int:
@@ -91,9 +96,9 @@ class Flow(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             self._left |= bits
-        if bits:
-            for tensor in _written(func, args, kwargs):
-                self._add(tensor, bits)
+        for tensor in _written(func, args, kwargs):
+            self._add(tensor, bits)
+            self._written.add(_memory(tensor))
         for tensor in leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor, bits)

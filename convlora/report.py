@@ -186,10 +186,12 @@ def audit(model: nn.Module, *inputs: Any, **named: Any) -> Audit:
             root.train(training)
             activate(root, [])  # adapters off: the layer hands out its own Parameter, so a write reaches it
             before = {id(layer): _mark(layer) for layer in layers.values()}
-            root(*inputs, **named)
+            with Flow() as flow:
+                root(*inputs, **named)
             activate(root, every)
             for layer in layers.values():
-                if _mark(layer) != before[id(layer)]:
+                weight = layer._parameters.get("weight")
+                if _mark(layer) != before[id(layer)] or (weight is not None and flow.wrote_to(weight)):
                     overwritten.add(id(layer))
                     slot_of(layer).activate({})  # what the model writes there passes on what the others do
             found[training] = _run(root, inputs, named, training)

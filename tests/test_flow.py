@@ -87,6 +87,16 @@ def test_what_no_operation_made_depends_on_everything_before() -> None:
         assert flow.marks_of(torch.rand(3).to_sparse()) == {1, 2}
 
 
+def test_writes_are_seen_behind_the_data_attribute() -> None:
+    weight, other = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4))
+    with Flow() as flow:
+        weight.data[1:].mul_(2)
+        other.data.mul(2)
+    assert flow.wrote_to(weight)
+    assert not flow.wrote_to(other)
+    assert not flow.wrote_to(other.detach().to_sparse())
+
+
 def test_leaves_are_found_once_in_objects_that_hold_each_other() -> None:
     @dataclasses.dataclass
     class Output:

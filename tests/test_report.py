@@ -113,6 +113,20 @@ def test_audit_finds_what_a_forward_bypasses() -> None:
     assert model.cache is None
 
 
+def test_audit_sees_writes_that_torch_does_not_count() -> None:
+    class Writing(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self[0]._parameters["weight"].data.mul_(0.9)
+            return super().forward(x)
+
+    model = convlora.inject(Writing(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)), "*", rank=1)
+    before = snapshot(model)
+    report = convlora.audit(model, torch.randn(NET_INPUT))
+    assert report.problems == {"0": "base weight overwritten by the model: exclude it"}
+    assert snapshot(model) == before
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_audit_sees_through_the_fused_kernels_of_torch() -> None:
     """In eval mode without gradients these call one kernel on the weights of their layers."""
