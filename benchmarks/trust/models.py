@@ -183,9 +183,17 @@ class _Trial:
             self.life.outcome[stage] = "ok" if result is True else result or "differs"
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
-        """All tensors of the output in eval, then in train mode. Buffers and attributes come back as they were."""
+        """All tensors of the output in eval, then in train mode. Buffers and attributes come back as they were.
+
+        On a frozen network: by `requires_grad` torch chooses, without gradients, too, how it multiplies some matrices.
+        """
+        flags = [(p, p.requires_grad) for p in model.parameters()]
         with torch.no_grad(), put_back(model, parameter_values=False):
-            return [y for training in (False, True) for y in self.forward(model.train(training))]
+            model.requires_grad_(False)
+            found = [y for training in (False, True) for y in self.forward(model.train(training))]
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        return found
 
     def forward(self, model: nn.Module) -> list[Tensor]:
         """Seeded, and on inputs of its own: some networks draw noise, some write to their input."""
