@@ -120,11 +120,14 @@ def _items(text: str) -> str:
     return re.sub(r"^(\w+(?:, \w+)*):", r"- `\1`:", text, flags=re.MULTILINE)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["--check"]:
-        sys.exit(
-            0
-            if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page()
-            else f"{PAGE} is stale: python docs/make_api.py"
-        )
+def main(arguments: list[str]) -> str | None:
+    """What is wrong, if anything."""
+    if arguments == ["--check"]:
+        fresh = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page()
+        return None if fresh else f"{PAGE} is stale: python docs/make_api.py"
     PAGE.write_text(page(), encoding="utf-8")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
