@@ -6,8 +6,8 @@ AdaptSR (arXiv 2503.07748) claims that low-rank updates of convolutions, attenti
 92 % fewer trained parameters. Here all convolutions and linear layers of each base are adapted, at two budgets (8 % of
 the base's parameters, and a richer one), with one rank for all layers, the largest that fits, and with the ranks of
 `convlora.allocate_ranks` for the same number of parameters. All methods train for equal steps on the same patches. The
-learning rate of each method and base is the best of three on training photos that are kept out (the smaller budget,
-degradation "camera", one seed); the table is BSDS val, three seeds, one for the richer budget.
+learning rate of each method, budget and base is the best of three on training photos that are kept out (degradation
+"camera", one seed); the table is BSDS val, three seeds, one for the richer budget.
 
 DATA holds `bsds/train` and `bsds/val` (photos as BSDS500 has them). Every training is written to `--trials` when it
 ends and not repeated.
@@ -59,6 +59,7 @@ BUDGETS = (0.08, 0.24)  # of the base's parameters
 DEGRADED = ("camera", "night")
 BATCHES = 16  # that the allocation of ranks looks at
 RATES = {"full": (4e-4, 8e-4, 1.6e-3), "else": (5e-3, 1e-2, 2e-2)}
+Rates = dict[tuple[str, float], float]  # (method, budget) -> learning rate
 METHODS = {
     "PEFT": "PEFT LoRA, one rank",
     "locon": "locon, one rank",
@@ -196,32 +197,31 @@ def file_size(model: nn.Module, trial: Trial) -> int:
 # --- which trainings --------------------------------------------------------------------------------------------------
 
 
-def searches(base: str) -> dict[str, list[Trial]]:
-    """Method -> one trial for each learning rate, at the smaller budget; allocated ranks take the rate of one rank."""
+def searches(base: str, richer: bool) -> dict[tuple[str, float], list[Trial]]:
+    """(method, budget) -> one trial for each learning rate; allocated ranks take the rate of one rank."""
+    settings = [("full", 0.0)]
+    settings += [(method, budget) for budget in BUDGETS[: 1 + richer] for method in ("PEFT", "locon", "convlora")]
     return {
-        method: [
-            Trial(base, "camera", method, 0.0 if method == "full" else BUDGETS[0], rate, judged="kept out")
+        (method, budget): [
+            Trial(base, "camera", method, budget, rate, judged="kept out")
             for rate in RATES["full" if method == "full" else "else"]
         ]
-        for method in ("full", "PEFT", "locon", "convlora")
+        for method, budget in settings
     }
 
 
-def best_rates(base: str, found: Mapping[Trial, Result]) -> dict[str, float]:
+def best_rates(found: Mapping[Trial, Result], searched: Mapping[tuple[str, float], list[Trial]]) -> Rates:
     return {
-        method: max(trials, key=lambda trial: found[trial]["judged"][0]).rate
-        for method, trials in searches(base).items()
+        setting: max(trials, key=lambda trial: found[trial]["judged"][0]).rate for setting, trials in searched.items()
     }
 
 
-def table_trials(
-    base: str, degradation: str, rates: Mapping[str, float], seeds: int, richer: bool
-) -> dict[str, list[Trial]]:
+def table_trials(base: str, degradation: str, rates: Rates, seeds: int, richer: bool) -> dict[str, list[Trial]]:
     """Row of the table -> its trials, one for each seed."""
     rows = {"bicubic": [Trial(base, degradation, "bicubic")], "base, frozen": [Trial(base, degradation, "base")]}
     settings = [("full", 0.0), *((method, budget) for budget in BUDGETS[: 1 + richer] for method in METHODS)]
     for method, budget in settings:
-        rate = rates[method.partition(" ")[0]]
+        rate = rates[method.partition(" ")[0], budget]
         name = f"{METHODS[method]}, at most {budget:.0%}" if budget else "all weights"
         count = 1 if budget == BUDGETS[1] else seeds
         rows[name] = [Trial(base, degradation, method, budget, rate, seed) for seed in range(count)]
@@ -377,12 +377,11 @@ def main(
     rows: dict[tuple[str, str], dict[str, list[Trial]]] = {}
     found: dict[Trial, Result] = {}
     for name in bases:
-        searched = [trial for rates in searches(name).values() for trial in rates]
-        found |= carry_all(searched, carry, trials, jobs)
-        rows |= {
-            (name, d): table_trials(name, d, best_rates(name, found), seeds, not richer or name in richer)
-            for d in DEGRADED
-        }
+        is_richer = not richer or name in richer
+        searched = searches(name, is_richer)
+        found |= carry_all([trial for choice in searched.values() for trial in choice], carry, trials, jobs)
+        rates = best_rates(found, searched)
+        rows |= {(name, d): table_trials(name, d, rates, seeds, is_richer) for d in DEGRADED}
         wanted = [trial for d in DEGRADED for row in rows[name, d].values() for trial in row]
         found |= carry_all(wanted, carry, trials, jobs)
     sections = [goals(rows, found), *(table(*place, row, found) for place, row in rows.items()), costs(bases, rounds)]

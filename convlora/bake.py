@@ -57,12 +57,19 @@ def _bare(layer: nn.Module, kind: str, value: Tensor) -> Callable[[], None]:
         elif "SpectralNorm" in hooks:
             nn.utils.remove_spectral_norm(layer, kind)
         else:
+            layer.__class__ = _own_class(type(layer))
             parametrize.remove_parametrizations(layer, kind, leave_parametrized=True)
         layer._parameters[kind] = nn.Parameter(value)
 
     if not (hooks.keys() & {"WeightNorm", "SpectralNorm"} or parametrize.is_parametrized(layer, kind)):
         raise ConvLoRAError(f"remove: {type(layer).__name__} computes its {kind} in an unknown way; unmerge first")
     return step
+
+
+def _own_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """A copy of a parametrized layer's class: torch takes properties off the class, which copies of the layer share."""
+    body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind)(kind.__name__, kind.__bases__, body)  # type: ignore[misc, no-any-return]
 
 
 def _set(layer: nn.Module, kind: str, value: Tensor, requires_grad: bool) -> Callable[[], None]:

@@ -69,18 +69,18 @@ def weight_spec(layer: Any) -> WeightSpec:
 
 # --- the adapted layer -------------------------------------------------------------------------------------------
 
-_readers: set[int] | None = None  # ids of the layers whose weight was read, while `recording`
+_on_read: Callable[[nn.Module, Tensor], None] | None = None
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[set[int]]:
-    """Collect the ids of the adapted layers whose weight is read."""
-    global _readers
-    before, _readers = _readers, set()
+def watching_reads(on_read: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Inside the block, call `on_read(layer, weight)` whenever the effective weight of an adapted layer is read."""
+    global _on_read
+    before, _on_read = _on_read, on_read
     try:
-        yield _readers
+        yield
     finally:
-        _readers = before
+        _on_read = before
 
 
 class Adapted(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -121,11 +121,12 @@ def _property(kind: str) -> property:
             if not torch.compiler.is_compiling() and threads.current is not None:
                 threads.current.hold_back(self)
             base = raw(self, kind)
-            if _readers is not None and kind == "weight":
-                _readers.add(id(self))
             if base is None or is_sharded(base):  # sharded: whole only inside FSDP2's forward
                 return base
-            return slot_of(self).effective(base, kind)
+            value = slot_of(self).effective(base, kind)
+            if _on_read is not None and kind == "weight":
+                _on_read(self, value)
+            return value
         except _MissingError:
             raise
         except AttributeError as error:
@@ -218,7 +219,7 @@ def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
         if slot._rows is not None:
             least_dims = 2 if isinstance(self, nn.Linear) else len(self.kernel_size) + 2
             return slot._by_rows(lambda rows: plain(self, rows, *more), input, least_dims)
-        if form is not None and torch.is_grad_enabled() and _readers is None and not torch.compiler.is_compiling():
+        if form is not None and torch.is_grad_enabled() and _on_read is None and not torch.compiler.is_compiling():
             output = form(self, slot, input)
             if output is not None:
                 return output

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from convlora.layer import peek, recording, slot_of
+from convlora.flow import Flow, leaves, with_gradient
+from convlora.layer import peek, slot_of, watching_reads
 from convlora.putback import put_back
 from convlora.switch import activate, disabled
 from convlora.table import table
@@ -95,13 +96,20 @@ class LayerAudit:
     Args:
         read_in_train: the model reads the layer's weight in train mode.
         read_in_eval: … in eval mode.
+        acts_in_train: what the model returns in train mode depends on the weight.
+        acts_in_eval: … in eval mode.
         overwritten: the model itself writes the base weight while it runs (re-parameterised nets).
+        trains: a loss of what the model returns in train mode gives the adapter a gradient; None if that cannot be
+            told (inference tensors, reentrant checkpointing).
     """
 
     name: str
     read_in_train: bool
     read_in_eval: bool
+    acts_in_train: bool
+    acts_in_eval: bool
     overwritten: bool
+    trains: bool | None
 
     @property
     def problem(self) -> str | None:
@@ -110,8 +118,14 @@ class LayerAudit:
             return "base weight overwritten by the model: exclude it"
         if not (self.read_in_train or self.read_in_eval):
             return "never read: the adapter has no effect"
+        if not (self.acts_in_train or self.acts_in_eval):
+            return "read, but no output depends on it: the adapter has no effect"
         if self.read_in_train != self.read_in_eval:
             return f"read only in {'train' if self.read_in_train else 'eval'} mode: the modes disagree"
+        if self.acts_in_train != self.acts_in_eval:
+            return f"acts only in {'train' if self.acts_in_train else 'eval'} mode: the modes disagree"
+        if self.trains is False:
+            return "no gradient reaches it: the adapter cannot be trained"
         return None
 
 
@@ -131,16 +145,18 @@ class Audit:
 
     def __str__(self) -> str:
         if self.ok:
-            return f"all {len(self.layers)} adapted layers are read in train and eval mode, none is overwritten"
+            return f"all {len(self.layers)} adapted layers act in train and eval mode, none is overwritten"
         rows = [[name, problem] for name, problem in self.problems.items()]
         return f"{table(['layer', 'problem'], rows)}\n{len(rows)} of {len(self.layers)} adapted layers have a problem"
 
 
-def audit(model: nn.Module, *inputs: Any) -> Audit:
-    """Run `model(*inputs)` in train and in eval mode and see what becomes of each adapter. Leaves the model as it was.
+def audit(model: nn.Module, *inputs: Any, **named: Any) -> Audit:
+    """Run `model(*inputs, **named)` in train and in eval mode and see what becomes of each adapter.
 
-    Finds layers whose weight is never read (the forward bypasses them), is read in one mode only, or is overwritten
-    by the model itself, as `eval_conv` of SPAN's re-parameterised convolutions is at every eval forward.
+    Finds layers whose weight is never read (the forward bypasses them); is read, but no output depends on it (for its
+    dtype alone, or the result is dropped); acts in one mode only; gets no gradient; or is overwritten by the model
+    itself, as `eval_conv` of SPAN's re-parameterised convolutions is at every eval forward. Leaves the model as it
+    was. Takes the memory of a training step's forward.
 
     Raises:
         ConvLoRAError: the model has no adapters, or is sharded (FSDP). Errors of the model's forward pass through.
@@ -154,25 +170,74 @@ def audit(model: nn.Module, *inputs: Any) -> Audit:
     root = with_adapters(model, "audit")
     refuse_sharded(root, "audit")
     layers = adapted_layers(root)
-    read: dict[bool, set[int]] = {}
+    found: dict[bool, _Run] = {}
     overwritten: set[int] = set()
     every = {name: 1.0 for slot in slots(root) for name in slot.names()}
-    with torch.random.fork_rng(enabled=True), torch.no_grad(), put_back(root), disabled(root):
+    with (
+        torch.random.fork_rng(enabled=True),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        put_back(root),
+        disabled(root),
+    ):
+        for slot in slots(root):
+            slot.merged = False
         for training in (True, False):
-            model.train(training)
+            root.train(training)
             activate(root, [])  # adapters off: the layer hands out its own Parameter, so a write reaches it
             before = {id(layer): _mark(layer) for layer in layers.values()}
-            model(*inputs)
-            overwritten |= {id(layer) for layer in layers.values() if _mark(layer) != before[id(layer)]}
+            with Flow() as flow:
+                root(*inputs, **named)
             activate(root, every)
-            with recording() as read[training]:
-                model(*inputs)
+            for layer in layers.values():
+                weight = layer._parameters.get("weight")
+                if _mark(layer) != before[id(layer)] or (weight is not None and flow.wrote_to(weight)):
+                    overwritten.add(id(layer))
+                    slot_of(layer).activate({})  # what the model writes there passes on what the others do
+            found[training] = _run(root, inputs, named, training)
+    train, evaluation = found[True], found[False]
     return Audit(
         [
-            LayerAudit(path, id(layer) in read[True], id(layer) in read[False], id(layer) in overwritten)
+            LayerAudit(
+                path,
+                read_in_train=id(layer) in train.read,
+                read_in_eval=id(layer) in evaluation.read,
+                acts_in_train=id(layer) in train.acts,
+                acts_in_eval=id(layer) in evaluation.acts,
+                overwritten=id(layer) in overwritten,
+                trains=_trains(layer, train.trained),
+            )
             for path, layer in layers.items()
         ]
     )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The ids of the layers whose weight was read, of those that act, and of the tensors that would get a gradient."""
+
+    read: set[int]
+    acts: set[int]
+    trained: set[int] | None
+
+
+def _run(root: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], training: bool) -> _Run:
+    held = [leaf for leaf in leaves((root, inputs, named)) if isinstance(leaf, Tensor)]
+    differentiable = not torch.is_inference_mode_enabled() and not any(t.is_inference() for t in held)
+    read: set[int] = set()
+
+    def on_read(layer: nn.Module, weight: Tensor) -> None:
+        read.add(id(layer))
+        flow.mark(weight, id(layer))
+
+    with torch.set_grad_enabled(training and differentiable), watching_reads(on_read), Flow(held) as flow:
+        output = root(*inputs, **named)
+    return _Run(read, flow.marks_of(output), with_gradient(output) if training and differentiable else None)
+
+
+def _trains(layer: nn.Module, trained: set[int] | None) -> bool | None:
+    factors = [p for p in slot_of(layer).parameters() if p.requires_grad]
+    return None if trained is None or not factors else any(id(p) in trained for p in factors)
 
 
 def _mark(layer: nn.Module) -> tuple[int, int, int]:

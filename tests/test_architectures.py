@@ -174,6 +174,9 @@ def test_audit_names_the_layers_that_a_network_bypasses(name: str) -> None:
     backward(model, inputs)  # what is not read gets no gradient, and the other way round
     idle = {path for path, layer in adapted_layers(model).items() if not has_gradient(layer)}
     assert idle == unread | overwritten | named(case.discarded, layers)
+    assert {path for path in layers if not report[path].trains} == idle
+    mute = {path for path in layers if not (report[path].acts_in_train or report[path].acts_in_eval)} - overwritten
+    assert mute == unread | named(case.discarded, layers)
 
 
 def has_gradient(layer: nn.Module) -> bool:

@@ -454,6 +454,35 @@ def test_info_prints_one_row_per_layer(folder: Path) -> None:
     assert text.endswith(" parameters\n")
 
 
+def test_the_commands_of_the_readme_run(folder: Path) -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("convlora ")]
+    assert len(lines) >= 6
+    shutil.copy("snow.safetensors", "night.safetensors")
+    for name in ("span", "tuned"):
+        torch.save(load_file(f"{name}.safetensors"), f"{name}.pth")
+    Path("tuned.safetensors").unlink()
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        result = run(*words)
+        assert result.exit_code == 0, (line, result.output)
+        if "-o" in words:
+            assert Path(words[words.index("-o") + 1]).exists()
+        else:
+            assert result.stdout
+
+
+def test_names_in_a_file_cannot_steer_the_terminal(folder: Path) -> None:
+    model = nn.ModuleDict({"conv\x1b[2J\x1b]0;gone\x07": nn.Conv2d(3, 4, 1)})
+    convlora.save(convlora.inject(model, "*", rank=1), "hostile.safetensors")
+    text = out("info", "hostile.safetensors")
+    assert "conv\\x1b[2J\\x1b]0;gone\\x07" in text
+    failed = run("merge", "span.safetensors", "hostile.safetensors", "-o", "merged.safetensors")
+    assert failed.exit_code == 1
+    assert "conv\\x1b[2J" in failed.output
+    assert "\x1b" not in text + failed.output
+
+
 @pytest.mark.parametrize("file", ["peft", "locon.safetensors"])
 def test_info_reads_other_formats(file: str, folder: Path) -> None:
     found = report("info", file)

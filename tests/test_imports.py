@@ -13,7 +13,7 @@ import convlora
 
 PACKAGE = Path(convlora.__file__).parent
 LEVELS = [  # each file imports from lines above its own
-    ["errors", "jsontext", "progress", "table"],
+    ["errors", "flow", "jsontext", "progress", "table"],
     ["atomic", "formats.parsing", "formats.pickled", "formats.patterns", "sharded", "threads", "truncate"],
     ["config", "factors", "conv"],
     ["rows", "thin"],

@@ -230,6 +230,18 @@ def test_removing_merged_adapters_bakes_a_norm_in(norm: str) -> None:
     torch.testing.assert_close(model(x), adapted)
 
 
+def test_baking_a_norm_into_one_copy_leaves_the_others_alone() -> None:
+    """Copies of a parametrized layer share its class, from which torch takes the property away."""
+    model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(6, 8, 3))).eval()
+    randomise(convlora.inject(model, "*", rank=2))
+    twin, x = copy.deepcopy(model), torch.randn(2, 6, 9, 9)
+    adapted = model(x)
+    with pytest.warns(convlora.ConvLoRAWarning, match="baked in"):
+        convlora.remove(convlora.merge(twin))
+    assert torch.equal(model(x), adapted)
+    assert torch.equal(convlora.remove(model)(x), copy.deepcopy(model)(x))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_looking_at_a_normed_layer_in_train_mode_moves_no_buffer(norm: str, tmp_path: Any) -> None:
     """Reading a spectrally normed weight in train mode takes a step of the power iteration."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from oracle import NET_INPUT, adapted_net, bits, net, snapshot
@@ -74,6 +76,117 @@ def test_audit_sees_layers_read_in_one_mode_only() -> None:
     assert report.problems == {"0": "read only in train mode: the modes disagree"}
 
 
+class Bypassing(nn.Module):
+    """Eight layers, of which the output depends on `used` alone, or not in the usual way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("used", "dtype", "dropped", "cut", "fused", "cached", "evaluated", "direct"):
+            setattr(self, name, nn.Linear(4, 4))
+        self.cache: Tensor | None = None
+        self.packed = self.fused.weight.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.cache is None:
+            self.cache = self.cached.weight * 2
+        x = self.used(x.to(self.dtype.weight.dtype))
+        self.dropped(x)
+        x = x + nn.functional.linear(x, self.cut.weight.detach())
+        x = x + nn.functional.linear(x, self.packed) + nn.functional.linear(x, self.direct._parameters["weight"])
+        if self.training:
+            return nn.functional.linear(x, self.cache) + self.evaluated.weight.shape[0]
+        return nn.functional.linear(x, self.cache) + self.evaluated(x)
+
+
+def test_audit_finds_what_a_forward_bypasses() -> None:
+    model = convlora.inject(Bypassing(), nn.Linear, rank=1)
+    report = convlora.audit(model, torch.randn(2, 4))
+    assert report.problems == {
+        "dtype": "read, but no output depends on it: the adapter has no effect",
+        "dropped": "read, but no output depends on it: the adapter has no effect",
+        "cut": "no gradient reaches it: the adapter cannot be trained",
+        "fused": "never read: the adapter has no effect",
+        "cached": "never read: the adapter has no effect",
+        "evaluated": "acts only in eval mode: the modes disagree",
+        "direct": "never read: the adapter has no effect",
+    }
+    assert model.cache is None
+
+
+def test_audit_sees_writes_that_torch_does_not_count() -> None:
+    class Writing(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self[0]._parameters["weight"].data.mul_(0.9)
+            return super().forward(x)
+
+    model = convlora.inject(Writing(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)), "*", rank=1)
+    before = snapshot(model)
+    report = convlora.audit(model, torch.randn(NET_INPUT))
+    assert report.problems == {"0": "base weight overwritten by the model: exclude it"}
+    assert snapshot(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_audit_sees_through_the_fused_kernels_of_torch() -> None:
+    """In eval mode without gradients these call one kernel on the weights of their layers."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = convlora.inject(nn.TransformerEncoder(layer, 2), ["*.out_proj", "*.linear?"], rank=1)
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 3:] = True
+    x = torch.randn(2, 5, 8)
+    assert convlora.audit(model, x, src_key_padding_mask=mask).ok
+    for parameter in convlora.parameters(model):
+        nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        evaluated = model.eval()(x, src_key_padding_mask=mask)
+    kernels = {event.name for event in profile.events()}
+    assert "aten::_transformer_encoder_layer_fwd" in kernels
+    trained = model.train()(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(evaluated[~mask], trained[~mask], rtol=1e-4, atol=1e-5)
+
+
+def test_audit_takes_arguments_by_name() -> None:
+    class Named(nn.Conv2d):
+        def forward(self, *, image: Tensor, scale: float) -> Tensor:
+            return super().forward(image) * scale
+
+    model = convlora.inject(Named(3, 4, 3), "*", rank=1)
+    assert convlora.audit(model, image=torch.randn(NET_INPUT), scale=2.0).ok
+
+
+def test_audit_of_a_merged_model_is_that_of_the_model() -> None:
+    model = convlora.inject(Bypassing(), nn.Linear, rank=1)
+    report = convlora.audit(model, torch.randn(2, 4))
+    before = snapshot(convlora.merge(model))
+    assert convlora.audit(model, torch.randn(2, 4)) == report
+    assert snapshot(model) == before
+    assert not model.used.weight.requires_grad
+
+
+def test_audit_in_inference_mode_leaves_gradients_open() -> None:
+    with torch.inference_mode():
+        model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), "0", rank=1)
+        report = convlora.audit(model, torch.randn(NET_INPUT))
+    assert report.ok
+    assert report.layers[0].trains is None
+    assert convlora.audit(adapted_net(), torch.randn(NET_INPUT)).layers[0].trains
+
+
+def test_audit_runs_the_model_inside_its_wrappers() -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        raise AssertionError("compiled")
+
+    model = adapted_net()
+    for wrapper in (torch.compile(model, backend=backend), torch.optim.swa_utils.AveragedModel(model)):
+        wrapper.eval()
+        assert convlora.audit(wrapper, torch.randn(NET_INPUT)).ok
+        assert not wrapper.training
+    model[3].compile(backend=backend)
+    assert convlora.audit(model, torch.randn(NET_INPUT)).ok
+
+
 def test_audit_leaves_the_model_as_it_was() -> None:
     model = convlora.inject(Reparameterised(), nn.Conv2d, rank=1)
     convlora.activate(model, {"default": 0.5})
@@ -104,5 +217,5 @@ def test_audit_of_a_sound_model() -> None:
     state = bits(model)
     report = convlora.audit(model, torch.randn(NET_INPUT))
     assert report.ok
-    assert str(report) == "all 4 adapted layers are read in train and eval mode, none is overwritten"
+    assert str(report) == "all 4 adapted layers act in train and eval mode, none is overwritten"
     assert bits(model) == state

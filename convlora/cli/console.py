@@ -37,12 +37,22 @@ def _say(kind: str, message: str, command: str) -> None:
     text = re.sub(r"^Adapter(\.\w+)?: ", f"{command}: ", " ".join(message.split()))
     text = re.sub(r"\blayers= of the base\b|\blayers=(?=\W)", "--base", text)
     text = re.sub(r"\b(rank|energy|alpha)=(?=[ ,;)]|$)", r"--\1", text)
-    typer.echo(f"{kind}: {text}", err=True)
+    typer.echo(printable(f"{kind}: {text}"), err=True)
 
 
 def emit(report: Mapping[str, Any], text: str, as_json: bool) -> None:
     """A command's result, for programs or for people."""
-    typer.echo(json.dumps(report, indent=2, allow_nan=False) if as_json else text)
+    typer.echo(json.dumps(report, indent=2, allow_nan=False) if as_json else printable(text))
+
+
+def printable(text: str) -> str:
+    r"""Text of which parts come from a file, without what a terminal would obey: control characters as escapes.
+
+    Example:
+        >>> print(printable("conv\x1b[2J.weight"))
+        conv\x1b[2J.weight
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextlib.contextmanager
