@@ -149,7 +149,8 @@ class Slot(nn.Module):
         low_ranks = [self.low_rank(name) for name in acting]
         if formed is not None and formed.stands_on(base) and formed.is_of(low_ranks) and formed.has_values():
             return formed.value
-        if base.device.type != "cpu" or not isinstance(base, nn.Parameter) or not all(map(_is_still, low_ranks)):
+        keeps_version = isinstance(base, nn.Parameter) and not base.is_inference()
+        if base.device.type != "cpu" or not keeps_version or not all(map(_is_still, low_ranks)):
             return self._compose(base, kind, acting, strength)
         return self._form(base, key, kind, acting, strength).value
 
