@@ -36,6 +36,7 @@ from benchmarks.trust import seeds
 from convlora import Adapter, ConvLoRAError, formats
 
 Result = dict[str, int]
+SWITCHES = "two threads run it, a third switches"
 
 
 def measure(count: int, seed: int = 0) -> Section:
@@ -47,7 +48,7 @@ def measure(count: int, seed: int = 0) -> Section:
         " state that was there while it was computed.",
         ("case", "times", "old", "new", "left behind", "refused", "failed"),
     )
-    results = {**_in_a_process(count, seed), "two threads run it, a third switches": switches(5 * count, seed)}
+    results = {**_in_a_process(count, seed), SWITCHES: switches(5 * count, seed)}
     for name, result in results.items():
         cells = [str(result.get(kind, "")) for kind in ("times", "old", "new", "left behind", "refused", "failed")]
         section.rows.append((name, *cells))
@@ -72,15 +73,7 @@ def all_of_files(count: int, seed: int) -> dict[str, Result]:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="convlora-crash-") as name:
         place = Place(Path(name))
-        return {
-            "save, killed": killed(place, rng, count, folder=False),
-            "a new PEFT folder, killed": killed(place, rng, max(1, count // 4), folder=True),
-            "the disk is full": full(place, rng, max(3, count // 10)),
-            "the folder may not be written": read_only(place),
-            "links": links(place),
-            "four processes write, one reads": writers(place, max(2, count // 20)),
-            "four threads write, one reads": writing_threads(place, max(2, count // 20)),
-        }
+        return {case: act(place, rng, count) for case, act in CASES.items()}
 
 
 class Place:
@@ -452,6 +445,17 @@ def _switch(life: Life, rng: random.Random) -> None:
             time.sleep(1e-3)
             life.begun += 1
         life.ended += 1
+
+
+CASES: dict[str, Callable[[Place, random.Random, int], Result]] = {
+    "save, killed": lambda place, rng, count: killed(place, rng, count, folder=False),
+    "a new PEFT folder, killed": lambda place, rng, count: killed(place, rng, max(1, count // 4), folder=True),
+    "the disk is full": lambda place, rng, count: full(place, rng, max(3, count // 10)),
+    "the folder may not be written": lambda place, rng, count: read_only(place),
+    "links": lambda place, rng, count: links(place),
+    "four processes write, one reads": lambda place, rng, count: writers(place, max(2, count // 20)),
+    "four threads write, one reads": lambda place, rng, count: writing_threads(place, max(2, count // 20)),
+}
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ class Patterns:
         self.plain: dict[tuple[int, ...], dict[tuple[bool, str], tuple[int, Any]]] = {}
         self.searched: list[tuple[int, Any, str, re.Pattern[str]]] = []
         for number, (pattern, value) in enumerate(values.items()):
+            if len(pattern) > 1000:
+                raise ConvLoRAError(f"{where}: a pattern of {len(pattern):,} characters is none of a layer")
             if plain := _PLAIN.fullmatch(pattern):
                 name = re.sub(r"\\(.)|\.", lambda found: found[1] or _ANY, plain[2])
                 places = tuple(i for i, character in enumerate(name) if character == _ANY)
@@ -63,7 +65,7 @@ class Patterns:
     def _compiled(self, pattern: str) -> re.Pattern[str]:
         # Compiling takes the size of what repeats, one in another multiplied.
         repeats = math.prod(int(number) for number in re.findall(r"(\d{1,9})\}", pattern))
-        if len(pattern) > 1000 or re.search(r"\)[*+{]", pattern) or repeats > 1000:
+        if re.search(r"\)[*+{]", pattern) or repeats > 1000:
             raise ConvLoRAError(f"{self.where}: {pattern!r} repeats too much to be searched safely")
         self._spend(1000 + 100 * len(pattern), repr(pattern))
         try:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 STEPS = 2**18  # instructions in a file of no size
-RECORDS = 2**14  # tensors likewise
+RECORDS = 2**13  # tensors likewise
 UNSAFE = "it is no file of plain tensors; others could run code"
 
 _MAGIC = 0x1950A86A20F9469CFC6C
