@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,13 +19,14 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import convlora
+from convlora import forms
 from convlora.formats import native
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning"),
     pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning"),  # third-party networks call it the old way
 ]
-NETS = ("net", "SwinIR")
+NETS = ("net", "thin", "SwinIR")
 SHARDINGS = ("whole", "layers")  # fully_shard on the model alone, or on its layers first
 STEPS = 4
 
@@ -32,8 +34,9 @@ STEPS = 4
 def made(name: str) -> tuple[nn.Module, Tensor]:
     """An adapted network and a batch of two, the same in every process."""
     torch.manual_seed(0)
-    if name == "net":
-        model, shape = adapted_net(bias=True, rank=2), NET_INPUT
+    if name != "SwinIR":
+        factors = "locon" if name == "thin" else "convlora"
+        model, shape = adapted_net(bias=True, rank=2, factors=factors), NET_INPUT
     else:
         model, shape = randomise(zoo.adapted(name)[0], std=0.05), (2, 3, 16, 16)
     return model.eval(), torch.rand(shape, generator=torch.Generator().manual_seed(1))
@@ -48,8 +51,10 @@ def shard(model: nn.Module, sharding: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    model(x).square().mean().backward()
+def gradients(model: nn.Module, x: Tensor, name: str) -> list[Tensor]:
+    thin = {"LEAST_WORK": 0, "LARGEST_SHARE": 2, "HEAVY": 10**6} if name == "thin" else {"HEAVY": forms.HEAVY}
+    with patch.multiple(forms, **thin):
+        model(x).square().mean().backward()
     found = [p.grad for p in convlora.parameters(model)]
     return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found]
 
@@ -61,10 +66,10 @@ def _of_each(rank: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in NETS:
         model, x = made(name)
-        found[f"gradients ddp {name}"] = gradients(nn.parallel.DistributedDataParallel(model), x[rank : rank + 1])
+        found[f"gradients ddp {name}"] = gradients(nn.parallel.DistributedDataParallel(model), x[rank : rank + 1], name)
         for sharding in SHARDINGS:
             model, x = made(name)
-            found[f"gradients {sharding} {name}"] = gradients(shard(model, sharding), x[rank : rank + 1])
+            found[f"gradients {sharding} {name}"] = gradients(shard(model, sharding), x[rank : rank + 1], name)
     found["written"] = _written(folder)
     found["messages"] = _messages(rank, folder)
     found["refused"] = _refused()
@@ -219,7 +224,7 @@ def two(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("way", ["ddp", *SHARDINGS])
 def test_gradients_are_those_of_one_process_on_the_joined_batch(two: list[dict[str, Any]], way: str, name: str) -> None:
-    expected = gradients(*made(name))
+    expected = gradients(*made(name), name)
     for found in two:
         for got, wanted in zip(found[f"gradients {way} {name}"], expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-7)
