@@ -34,6 +34,11 @@ _DTYPES = {
 }  # fmt: skip
 
 
+_ORDERED, _PARAMETER = "collections.OrderedDict", "torch._utils._rebuild_parameter"
+_TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
+_FUNCTIONS = (_ORDERED, _PARAMETER, *_TENSORS)
+
+
 class _Name(str):
     """A function or class that a file names; what it stands for is known here alone."""
 
@@ -138,7 +143,7 @@ class _Machine:
         self, raw: bytes, at: int, size: int, storage: Callable[[torch.dtype, str, int], Tensor], check: bool = True
     ) -> None:
         self.raw, self.at, self.storage, self.check = raw, at, storage, check
-        self.steps, self.containers = STEPS + size // 64, RECORDS + size // 1024
+        self.steps, self.containers = STEPS + size // 64, 4 * RECORDS + size // 256
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -204,7 +209,7 @@ class _Machine:
         if len(items) < count:
             raise ValueError("it is damaged")
         del self.stack[len(self.stack) - count :]
-        self.stack.append(items)
+        self._new(items)
 
     def _set(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -223,7 +228,10 @@ class _Machine:
     def _global(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
             raise ValueError(UNSAFE)
-        self.stack.append(_Name(f"{module}.{name}"))
+        full = _Name(f"{module}.{name}")
+        if full not in _FUNCTIONS and full.removeprefix("torch.") not in _DTYPES:
+            raise ValueError(UNSAFE)
+        self.stack.append(full)
 
     def _build(self) -> None:
         """The state of a dict, as modules give it to theirs (versions), is no part of its tensors."""
@@ -246,11 +254,11 @@ class _Machine:
         arguments, name = self.stack.pop(), self.stack.pop()
         if type(name) is not _Name or type(arguments) is not tuple:
             raise ValueError(UNSAFE)
-        if name == "collections.OrderedDict" and not arguments:
+        if name == _ORDERED and not arguments:
             self._new({})
-        elif name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2") and 4 <= len(arguments) <= 7:
+        elif name in _TENSORS and 4 <= len(arguments) <= 7:
             self.stack.append(self._view(*arguments[:4]))
-        elif name == "torch._utils._rebuild_parameter" and arguments and isinstance(arguments[0], Tensor):
+        elif name == _PARAMETER and arguments and isinstance(arguments[0], Tensor):
             self.stack.append(arguments[0])
         else:
             raise ValueError(UNSAFE)
@@ -293,7 +301,7 @@ _ACTS: dict[bytes, Callable[[_Machine], Any]] = {
     b"\x94": lambda m: m._put(len(m.memo)),
     b"h": lambda m: m.stack.append(m.memo[m._number("<B")]),
     b"j": lambda m: m.stack.append(m.memo[m._number("<I")]),
-    b"t": lambda m: m.stack.append(tuple(m._since_mark())),
+    b"t": lambda m: m._new(tuple(m._since_mark())),
     b"\x85": lambda m: m._tuple(1),
     b"\x86": lambda m: m._tuple(2),
     b"\x87": lambda m: m._tuple(3),
