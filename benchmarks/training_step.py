@@ -56,11 +56,12 @@ Layers = nn.Conv2d | nn.Linear
 
 @dataclass(frozen=True)
 class Net:
-    """A network, an input, and the layer types that are adapted."""
+    """A network, an input, the layer types that are adapted, and the ranks that are tried."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     kinds: type[nn.Module] | Any = nn.Conv2d | nn.Linear
+    ranks: tuple[int, ...] | None = None  # of a large net not all
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
@@ -86,8 +87,8 @@ def swinir(channels: int, depths: tuple[int, ...]) -> nn.Module:
 NETS = {
     "SPAN-26": Net(lambda: span(26), (4, 3, 48, 48)),
     "SPAN-48": Net(lambda: span(48), (4, 3, 48, 48)),
-    "RRDB, 3 blocks": Net(lambda: ESRGAN(num_filters=64, num_blocks=3), (4, 3, 32, 32)),
-    "RRDB, 23 blocks": Net(lambda: ESRGAN(num_filters=64, num_blocks=23), (1, 3, 32, 32)),
+    "RRDB, 3 blocks": Net(lambda: ESRGAN(num_filters=64, num_blocks=3), (2, 3, 32, 32)),
+    "RRDB, 23 blocks": Net(lambda: ESRGAN(num_filters=64, num_blocks=23), (1, 3, 32, 32), ranks=(4, 8)),
     "SwinIR-60, convs": Net(lambda: swinir(60, (6, 6)), (1, 3, 48, 48), nn.Conv2d),
     "SwinIR-60, all": Net(lambda: swinir(60, (6, 6)), (1, 3, 48, 48)),
     "SwinIR-180, convs": Net(lambda: swinir(180, (6,)), (1, 3, 48, 48), nn.Conv2d),
@@ -95,6 +96,9 @@ NETS = {
     "ResNet-50": Net(resnet50, (4, 3, 96, 96)),
     "MobileNet-v2": Net(mobilenet_v2, (4, 3, 96, 96)),
 }
+
+
+WEIGHED = ("SPAN-48", "RRDB, 3 blocks", "SwinIR-60, all")  # whose memory is measured, at rank 4
 
 
 # --- the contestants ----------------------------------------------------------------------------------------------
@@ -294,7 +298,7 @@ def measure_net(name: str, ranks: list[int], rounds: int, threads: int, memory: 
         })  # fmt: skip
     memories = []
     if memory:
-        rank = ranks[len(ranks) // 2]
+        rank = 4
         for contestant in ("floor", "full", "PEFT", "LyCORIS", "loralib", "convlora", "composite", "locon"):
             key = (contestant, 0 if contestant in FIXED else rank)
             if key in kept:
@@ -324,8 +328,9 @@ def main(
         "versions": versions(["torch", "convlora", "peft", "lycoris-lora", "loralib", "spandrel", "torchvision"]),
     }  # fmt: skip
     chosen = [int(rank) for rank in ranks.split(",")]
+    counts = threads or [1, 2]
     sections, memories = [], []
-    for count in threads or [1, 2]:
+    for count in counts:
         torch.set_num_threads(count)
         section = Section(
             f"A training step, {count} thread{'s' if count > 1 else ''}",
@@ -336,7 +341,11 @@ def main(
              "locon / bound", "PEFT / locon"),
         )  # fmt: skip
         for name in net or NETS:
-            (rows, data), memory = measure_net(name, chosen, rounds, count, memory=count == (threads or [1, 2])[0])
+            tried = [rank for rank in chosen if rank in (NETS[name].ranks or chosen)]
+            if count > counts[0]:
+                tried = [rank for rank in tried if rank in (4, 8)]
+            weigh = count == counts[0] and name in WEIGHED and 4 in tried
+            (rows, data), memory = measure_net(name, tried, rounds, count, weigh)
             section.rows += rows
             section.data += data
             memories += memory
