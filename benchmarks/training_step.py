@@ -14,6 +14,7 @@ besides parameters. Peak: what one step adds to the memory of a process of its o
 from __future__ import annotations
 
 import logging
+import shlex
 import subprocess
 import sys
 import warnings
@@ -363,7 +364,7 @@ def main(
     sections.append(table)
     for section in sections:
         section.show()
-    write_results(out, "python benchmarks/training_step.py", facts, sections)
+    write_results(out, shlex.join(["python", "benchmarks/training_step.py", *sys.argv[1:]]), facts, sections)
 
 
 if __name__ == "__main__":
