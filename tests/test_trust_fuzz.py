@@ -133,7 +133,7 @@ import json, os, sys
 start, count, folder = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 with open(folder + "/outcomes", "a") as file:
     for index in range(start, count):
-        print(json.dumps({"starts": index, "at": 0}), file=file, flush=True)
+        print(json.dumps({"starts": index}), file=file, flush=True)
         if index == 1:
             os.kill(os.getpid(), 9)
         print(json.dumps({"index": index, "kind": "convlora"}), file=file, flush=True)

@@ -364,7 +364,7 @@ def worker(seed: int, start: int, stop: int, folder: Path) -> None:
     trial.run(-1, Case("convlora", *trial.good["convlora"][0]))  # what a first call takes is not counted
     with open(folder / "outcomes", "a") as file:
         for index in range(start, stop):
-            print(json.dumps({"starts": index, "at": time.time()}), file=file, flush=True)
+            print(json.dumps({"starts": index}), file=file, flush=True)
             outcome = trial.run(index, case_of(seed, index, trial.good, trial.sentinel))
             print(json.dumps(dataclasses.asdict(outcome)), file=file, flush=True)
 
@@ -402,15 +402,15 @@ def _supervised(command: list[str], progress: Path) -> int:
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(command, cwd=root, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path})
-    seen, since = 0, time.monotonic()
+    seen, idle = 0, 0  # half seconds without progress in which this process ran, too
     while True:
         try:
             return process.wait(0.5)
         except subprocess.TimeoutExpired:
             size = progress.stat().st_size
-            if size != seen:
-                seen, since = size, time.monotonic()
-            elif time.monotonic() - since > (HANGS if seen else 300):
+            idle = 0 if size != seen else idle + 1
+            seen = size
+            if idle > 2 * (HANGS if seen else 300):
                 process.kill()
                 process.wait()
                 return -1
