@@ -15,7 +15,7 @@ from convlora.errors import ConvLoRAError
 from convlora.layer import slot_of, still
 from convlora.rows import Rows
 from convlora.threads import switching
-from convlora.walk import adapted_layers, refuse_sharded, refuse_stacked, slots, with_adapters
+from convlora.walk import adapted_layers, refuse_sharded, refuse_stacked, root_and_slots, slots, with_adapters
 
 M = TypeVar("M", bound=nn.Module)
 Names = str | Iterable[str] | Mapping[str, float]
@@ -35,9 +35,9 @@ def activate(model: M, names: Names) -> M:
         >>> _ = activate(model, {"rain": 0.5})
     """
     strengths = _strengths(names, "activate")
-    root = with_adapters(model, "activate", strengths)
+    root, found = root_and_slots(model, "activate", strengths)
     with switching(root, "activate"):
-        for slot in slots(root):
+        for slot in found:
             slot.activate(strengths)
     return model
 
@@ -83,7 +83,7 @@ def per_sample(model: M, names: Sequence[str | None], *, folded: bool = False) -
             f"per_sample: expected a list with an adapter's name or None for each sample, got {names!r}"
         )
     named = _strengths([name for name in names if name is not None], "per_sample")
-    chosen = list(slots(with_adapters(model, "per_sample", named)))
+    _, chosen = root_and_slots(model, "per_sample", named)
     if any(slot.merged for slot in chosen):
         raise ConvLoRAError("per_sample: the model is merged, one weight for all samples; unmerge first")
     before = [slot._rows for slot in chosen]

@@ -90,14 +90,21 @@ def only_name(model: nn.Module, name: str | None, operation: str) -> str:
 
 
 def with_adapters(model: nn.Module, operation: str, names: Iterable[str] = ()) -> nn.Module:
+    """The bare model, which has the named adapters, or at least one."""
+    return root_and_slots(model, operation, names)[0]
+
+
+def root_and_slots(model: nn.Module, operation: str, names: Iterable[str] = ()) -> tuple[nn.Module, list[Slot]]:
+    """The same, and the slots of its adapted layers, of which there is at least one."""
     root = unwrap(model, operation)
-    known = adapters(root)
+    found = slots(root)
+    known = {name for slot in found for name in slot._modules}
     if not known:
         raise ConvLoRAError(f"{operation}: the model has no adapters; inject or load one first")
     for name in names:
         if not isinstance(name, str) or name not in known:
             raise ConvLoRAError(f"{operation}: no adapter {name!r}; the model has {sorted(known)}")
-    return root
+    return root, found
 
 
 def own(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -191,7 +191,8 @@ def large() -> dict[str, Callable[[], tuple[str, str, Files]]]:
         "a million aliases": lambda: native(few, '{"stem":[1,1,[4,3,3,3],1,0,[' + '"a",' * 1_000_000 + '"a"]]}'),
         "a name of a megabyte": lambda: native({f"{long}.lora_A": torch.ones(1)}),
         "a layer of a megabyte": lambda: native(
-            {name.replace("stem", "stem" * 250_000): t for name, t in few.items()}, one.replace("stem", "stem" * 250_000)
+            {name.replace("stem", "stem" * 250_000): t for name, t in few.items()},
+            one.replace("stem", "stem" * 250_000),
         ),
         "an adapter's name of a megabyte": lambda: native(few, config='{"targets":["*"],"name":"' + long + '"}'),
         "Tucker factors of a huge kernel": lambda: locon(
