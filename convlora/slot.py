@@ -142,7 +142,9 @@ class Slot(nn.Module):
         On a CPU only: factors are compared by value, since averages of weights are often written through `p.data`,
         which leaves no trace; elsewhere the comparison would wait for the device.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return self._compose(base, kind, acting, strength)
+        if torch.is_grad_enabled():
             self._fused.clear()
             return self._compose(base, kind, acting, strength)
         formed = self._fused.get(key)

@@ -17,6 +17,7 @@ import oracle
 import pytest
 import torch
 from oracle import FACTORS, bits, randomise, snapshot
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -385,7 +386,7 @@ def test_nan_factors_with_a_right_checksum_are_an_error(tmp_path: Path) -> None:
     path, base = saved(tmp_path)
     tensors = load_file(path)
     tensors["0.lora_B"][3, 1] = math.nan
-    with native.safetensors.safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     metadata["checksum"] = native.checksum(tensors, metadata)
     save_file(tensors, path, metadata)

@@ -194,7 +194,7 @@ def test_large_files_that_hold_little_are_refused(case: str, tmp_path: Path) -> 
 def test_a_layer_name_of_a_megabyte_is_compared_with_no_layer_of_the_model(tmp_path: Path) -> None:
     place = put(tmp_path, *LARGE["a layer of a megabyte"]()[1:])
     start = time.process_time()
-    with pytest.raises(ConvLoRAError, match=r"unexpected: x+"):
+    with pytest.raises(ConvLoRAError, match=r"unexpected: (stem)+"):
         convlora.load(seeds.network(), place)
     assert time.process_time() - start < 30  # it took an hour
 

@@ -310,7 +310,16 @@ def overflow(dtype: torch.dtype) -> str | None:
 
 
 def trained_file(seed: int, factors: str, dtype: torch.dtype) -> str:
-    """SHA-256 of the adapter file that a short training gives."""
+    """SHA-256 of the adapter file that a short training on one thread gives: several sum in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _trained_file(seed, factors, dtype)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _trained_file(seed: int, factors: str, dtype: torch.dtype) -> str:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3, groups=2), nn.SiLU(), nn.Conv2d(8, 3, 3))
     model.to(dtype)
@@ -329,7 +338,7 @@ def trained_file(seed: int, factors: str, dtype: torch.dtype) -> str:
 def elsewhere(seed: int, hash_seed: int) -> list[str]:
     """The same files, made by another process."""
     code = (
-        "import torch; torch.set_num_threads(1); from benchmarks.trust import numerics as n\n"
+        "from benchmarks.trust import numerics as n\n"
         f"print(*[n.trained_file({seed}, f, d) for f in ('convlora', 'locon') for d in n.DTYPES[:2]])"
     )
     environment = {
