@@ -109,8 +109,8 @@ class Slot(nn.Module):
                 return self._compose(base, kind, acting)
         tensors = [base, *(t for name in acting for t in self.low_rank(name).factors().values())]
         # A weight that the layer computes may differ at every read, functional transforms bring tensors that must not
-        # outlive them, and inference tensors keep no version.
-        if not all(isinstance(tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors):
+        # outlive them, inference tensors keep no version, and the fake ones of an export (PyTorch 2.6) no address.
+        if not all(isinstance(tensor, nn.Parameter) and _is_lasting(tensor) for tensor in tensors):
             with torch.inference_mode(False), torch.no_grad():
                 return self._compose(base, kind, acting)
         return self._form(base, kind, kind, acting).value
@@ -189,6 +189,10 @@ class Slot(nn.Module):
         self._fused.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _is_lasting(tensor: Tensor) -> bool:
+    return not tensor.is_inference() and type(tensor).__name__ != "FakeTensor"
 
 
 class _Fused:

@@ -88,6 +88,7 @@ LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
     "linear_plain": (nn.Linear, {"in_features": 6, "out_features": 8, "bias": False}, (6,)),
 }
 FACTORS = ("convlora", "locon")
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def build(hazard: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:

@@ -310,9 +310,13 @@ MALFORMED: dict[str, tuple[dict[str, Tensor], str]] = {
 def test_malformed_files_are_one_error(case: str, tmp_path: Path) -> None:
     extra, message = MALFORMED[case]
     tensors = load_file(written(tmp_path, "conv"))
-    save_file({**tensors, **extra}, tmp_path / "rain.safetensors")
+    file = tmp_path / (
+        "rain.pt" if case == "complex" else "rain.safetensors"
+    )  # old safetensors have no complex numbers
+    write = torch.save if case == "complex" else save_file
+    write({**tensors, **extra}, file)
     with pytest.raises(ConvLoRAError, match=re.escape(message)) as caught:
-        formats.read(tmp_path / "rain.safetensors")
+        formats.read(file)
     assert "\n" not in str(caught.value)
 
 
