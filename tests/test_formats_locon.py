@@ -302,7 +302,7 @@ MALFORMED: dict[str, tuple[dict[str, Tensor], str]] = {
     "NaN alpha": ({"conv.alpha": torch.tensor(math.nan)}, "'conv.alpha' is nan instead of one"),
     "infinite factors": ({"conv.lora_up.weight": torch.full((4, 2, 1, 1), math.inf)}, "non-finite: conv.lora_B"),
     "integers": ({"conv.alpha": torch.tensor(2)}, "int64 instead of floating point"),
-    "complex": ({"conv.lora_up.weight": torch.ones(4, 2, 1, 1).cfloat()}, "instead of floating point"),
+    "complex": ({"conv.lora_up.weight": torch.ones(4, 2, 1, 1).cfloat()}, "no file of plain tensors"),
 }
 
 
@@ -310,9 +310,8 @@ MALFORMED: dict[str, tuple[dict[str, Tensor], str]] = {
 def test_malformed_files_are_one_error(case: str, tmp_path: Path) -> None:
     extra, message = MALFORMED[case]
     tensors = load_file(written(tmp_path, "conv"))
-    file = tmp_path / (
-        "rain.pt" if case == "complex" else "rain.safetensors"
-    )  # old safetensors have no complex numbers
+    # Old safetensors have no complex numbers.
+    file = tmp_path / ("rain.pt" if case == "complex" else "rain.safetensors")
     write = torch.save if case == "complex" else save_file
     write({**tensors, **extra}, file)
     with pytest.raises(ConvLoRAError, match=re.escape(message)) as caught:
