@@ -7,8 +7,8 @@ alone; everything else is a ratio to it. An adapter of LoCon factors needs r/out
 input gradient besides (convlora/thin.py says why): summed over the net that is the bound of its row. Forming the
 gradient of whole weights, as full fine-tuning must, costs 1.5 at any rank.
 
-All cases of a net run once a round, interleaved (see `common.py`). Kept: bytes that a forward keeps for its backward,
-besides parameters. Peak: what one step adds to the memory of a process of its own.
+All cases of a net run once a round, interleaved (see `common.py`), each net in a process of its own. Kept: bytes that
+a forward keeps for its backward, besides parameters. Peak: what one step adds to the memory of a process.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -262,7 +264,14 @@ def peak_of(name: str, contestant: str, rank: int, threads: int) -> int:
 # --- the table ----------------------------------------------------------------------------------------------------
 
 
+def settle(threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    logging.getLogger("LyCORIS").setLevel(logging.WARNING)
+
+
 def measure_net(name: str, ranks: list[int], rounds: int, threads: int, memory: bool) -> tuple[list[Any], list[Any]]:
+    settle(threads)
     wanted = [("floor", 0), ("full", 0), *((contestant, rank) for rank in ranks for contestant in RANKED)]
     steps: dict[tuple[str, int], Callable[[], None]] = {}
     kept: dict[tuple[str, int], int] = {}
@@ -317,10 +326,8 @@ def main(
     measure: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """A training step with adapters beside the frozen net and other libraries."""
-    torch.set_flush_denormal(True)
-    logging.getLogger("LyCORIS").setLevel(logging.WARNING)
     if measure:
-        torch.set_num_threads((threads or [1])[0])
+        settle((threads or [1])[0])
         name, contestant, rank = measure.split("|")
         print(peak_memory(step_of(name, contestant, int(rank))[0]))
         return
@@ -328,43 +335,50 @@ def main(
         "date": now(), "machine": machine(),
         "versions": versions(["torch", "convlora", "peft", "lycoris-lora", "loralib", "spandrel", "torchvision"]),
     }  # fmt: skip
+    command = shlex.join(["python", "benchmarks/training_step.py", *sys.argv[1:]])
     chosen = [int(rank) for rank in ranks.split(",")]
     counts = threads or [1, 2]
-    sections, memories = [], []
-    for count in counts:
-        torch.set_num_threads(count)
-        section = Section(
-            f"A training step, {count} thread{'s' if count > 1 else ''}",
-            f"Medians of {rounds} interleaved rounds. Times over the floor's (ms, the frozen net): all weights, PEFT, "
-            "LyCORIS, loralib and convlora factors (the same ones), LoCon factors as the plain composite, and as they "
-            "are (with the interquartile range of the ratio). Goal of the last but one column: 1.15 up to rank 8.",
-            ("net", "rank", "floor, ms", "full", *(c if c != "locon" else "**locon**" for c in RANKED), "±", "bound",
-             "locon / bound", "PEFT / locon"),
-        )  # fmt: skip
+    times = [step_section(count, rounds) for count in counts]
+    memory = Section(
+        "Memory",
+        "MiB that a forward keeps for its backward (parameters apart), and that one step adds to a process.",
+        ("net", "contestant", "rank", "kept", "peak"),
+    )
+    sections = [*times, memory]
+    for count, section in zip(counts, times, strict=True):
         for name in net or NETS:
             tried = [rank for rank in chosen if rank in (NETS[name].ranks or chosen)]
             if count > counts[0]:
                 tried = [rank for rank in tried if rank in (4, 8)]
             weigh = count == counts[0] and name in WEIGHED and 4 in tried
-            (rows, data), memory = measure_net(name, tried, rounds, count, weigh)
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                (rows, data), weights = process.submit(measure_net, name, tried, rounds, count, weigh).result()
             section.rows += rows
             section.data += data
-            memories += memory
+            for net_name, contestant, rank, kept, peak in weights:
+                memory.rows.append((
+                    net_name, contestant, str(rank or ""), f"{kept / 2**20:.1f}", f"{peak / 2**20:.0f}",
+                ))  # fmt: skip
+                memory.data.append({
+                    "net": net_name, "contestant": contestant, "rank": rank, "kept": kept, "peak": peak,
+                })  # fmt: skip
             for row in rows:
                 print(*row, sep=" | ", flush=True)
-        sections.append(section)
-    table = Section(
-        "Memory",
-        "MiB that a forward keeps for its backward (parameters apart), and that one step adds to a process.",
-        ("net", "contestant", "rank", "kept", "peak"),
-    )
-    for name, contestant, rank, kept, peak in memories:
-        table.rows.append((name, contestant, str(rank or ""), f"{kept / 2**20:.1f}", f"{peak / 2**20:.0f}"))
-        table.data.append({"net": name, "contestant": contestant, "rank": rank, "kept": kept, "peak": peak})
-    sections.append(table)
+            write_results(out, command, facts, [part for part in sections if part.rows])
     for section in sections:
-        section.show()
-    write_results(out, shlex.join(["python", "benchmarks/training_step.py", *sys.argv[1:]]), facts, sections)
+        if section.rows:
+            section.show()
+
+
+def step_section(threads: int, rounds: int) -> Section:
+    return Section(
+        f"A training step, {threads} thread{'s' if threads > 1 else ''}",
+        f"Medians of {rounds} interleaved rounds. Times over the floor's (ms, the frozen net): all weights, PEFT, "
+        "LyCORIS, loralib and convlora factors (the same ones), LoCon factors as the plain composite, and as they "
+        "are (with the interquartile range of the ratio). Goal of the last but one column: 1.15 up to rank 8.",
+        ("net", "rank", "floor, ms", "full", *(c if c != "locon" else "**locon**" for c in RANKED), "±", "bound",
+         "locon / bound", "PEFT / locon"),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
