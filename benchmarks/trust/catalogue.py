@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
+import oracle as oracle
 import zoo
 
 LIBRARIES = ("torch", "torchvision", "timm", "diffusers", "transformers", "spandrel")

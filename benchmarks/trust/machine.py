@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 import convlora
 from benchmarks.trust.dense import FEATURES, LAYERS, Net, Oracle, Part
+from convlora import forms
 
 NAMES = ("rain", "snow", "night")
 STOCK = Net()
@@ -44,9 +45,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of a gradient, relative to the largest one of all factors; float64 bases have float32 factors.
 CLOSE_GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 4e-2, torch.float64: 1e-5}
 
+FORMS = {"by shape": None, "thin": (0.0, float("inf"), float("inf")), "branches": (0.0, float("inf"), 0)}
+
 names = st.sampled_from(NAMES)
 seeds = st.integers(0, 2**16)
 strengths = st.sampled_from([0.0, 1.0, -1.0, 0.5, 0.3, 2.0])
+learning_rates = st.sampled_from([0.1, 1e-3])
 chosen = st.dictionaries(names, strengths, max_size=3)
 
 
@@ -301,13 +305,31 @@ class Lifecycle(RuleBasedStateMachine):
             self.done["write to factors"] += 1
 
     @precondition(lambda self: self.oracle.active and not self.oracle.merged and self.is_tame())
-    @rule(lr=st.sampled_from([0.1, 1e-3]), mode=st.booleans())
+    @rule(lr=learning_rates, mode=st.booleans())
     def train_step(self, lr: float, mode: bool) -> None:
+        self.step("by shape", lr, mode)
+
+    @precondition(lambda self: self.oracle.active and not self.oracle.merged and self.is_tame())
+    @rule(lr=learning_rates, mode=st.booleans())
+    def train_step_thin(self, lr: float, mode: bool) -> None:
+        self.step("thin", lr, mode)
+
+    @precondition(lambda self: self.oracle.active and not self.oracle.merged and self.is_tame())
+    @rule(lr=learning_rates, mode=st.booleans())
+    def train_step_in_branches(self, lr: float, mode: bool) -> None:
+        self.step("branches", lr, mode)
+
+    def step(self, form: str, lr: float, mode: bool) -> None:
         target = torch.randn(self().shape, generator=self.random)
         expected = self.oracle.gradients(self.x, target)
-        y = self.model.train(mode)(self.x.to(self.oracle.dtype))
-        same(y.detach(), self(self.model.eval()))
-        (y.float() if y.dtype.itemsize < 4 else y).sub(target).pow(2).mean().backward()
+        with preferring(form):
+            y = self.model.train(mode)(self.x.to(self.oracle.dtype))
+            if form == "branches":
+                self.close(y.detach(), self.oracle)
+            else:
+                same(y.detach(), self(self.model.eval()))
+            (y.float() if y.dtype.itemsize < 4 else y).sub(target).pow(2).mean().backward()
+        self.model.eval()
         with torch.no_grad():
             for parameter in convlora.parameters(self.model):
                 if parameter.grad is not None:
@@ -329,7 +351,7 @@ class Lifecycle(RuleBasedStateMachine):
         for parameter in self.model.parameters():
             assert parameter.requires_grad or parameter.grad is None
             parameter.grad = None
-        self.done["train step"] += 1
+        self.done["train step" if form == "by shape" else f"train step, {form}"] += 1
 
     @precondition(lambda self: self.oracle.adapters)
     @rule(at=seeds, assign=st.booleans())
@@ -563,6 +585,17 @@ class Lifecycle(RuleBasedStateMachine):
             assert {id(p) for p in convlora.parameters(model)} == trainable
         self.close(self(), oracle)
         self.done["(steps)"] += 1
+
+
+@contextmanager
+def preferring(form: str) -> Iterator[None]:
+    """A form of the training forward that the sizes of this net would not choose, wherever it is possible."""
+    before = forms.LEAST_WORK, forms.LARGEST_SHARE, forms.HEAVY
+    forms.LEAST_WORK, forms.LARGEST_SHARE, forms.HEAVY = FORMS[form] or before
+    try:
+        yield
+    finally:
+        forms.LEAST_WORK, forms.LARGEST_SHARE, forms.HEAVY = before
 
 
 class _Stop(Exception):
