@@ -16,7 +16,7 @@ import torch
 import typer
 from common import RESULTS, Section, console, machine, now, versions, write_results
 
-PARTS = {"fuzz": 20_000, "crash": 200, "machine": 5_000, "models": 1, "numerics": 1_000, "soak": 10_000}
+PARTS = {"fuzz": 20_000, "crash": 200, "machine": 5_000, "models": 1_000, "numerics": 20_000, "soak": 10_000}
 
 
 def failures(section: Section) -> int:
