@@ -193,6 +193,7 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
         body: dict[str, Any] = {
             "__module__": base.__module__,  # fx takes a module for a leaf if its class comes from torch.nn
             "__doc__": base.__doc__,
+            "__new__": _new,
             "__reduce_ex__": _reduce_ex,
             "reset_parameters": _reset_parameters,
             "weight": _property("weight"),
@@ -228,9 +229,15 @@ def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
     return functools.wraps(plain)(forward)
 
 
+def _new(kind: Any, *args: Any, **keywords: Any) -> nn.Module:
+    """`type(layer)(3, 8, 1)`, in code that makes layers of the same sort, gives a stock layer: it has no adapter."""
+    if args or keywords:
+        return kind._convlora_base(*args, **keywords)  # type: ignore[no-any-return]
+    return kind._convlora_base.__new__(kind)  # type: ignore[no-any-return]
+
+
 def _rebuild(base: type[nn.Module], *args: Any) -> nn.Module:
-    made = adapted_class(base)
-    return made.__new__(made, *args)
+    return base.__new__(adapted_class(base), *args)
 
 
 def _rebuild_by(base: type[nn.Module], rebuild: Any, *args: Any) -> nn.Module:

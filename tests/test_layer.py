@@ -113,6 +113,14 @@ def test_class_stays_a_subclass_with_all_attributes() -> None:
         _ = layer.no_such
 
 
+def test_calling_the_class_of_a_layer_makes_a_stock_layer() -> None:
+    layer = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), ["0"], rank=1)[0]
+    made = type(layer)(8, 4, kernel_size=1, bias=False)
+    assert type(made) is nn.Conv2d
+    assert made.weight.shape == (4, 8, 1, 1)
+    assert type(copy.copy(layer)) is type(layer)
+
+
 def test_weight_is_the_parameter_itself_without_active_adapter() -> None:
     layer = convlora.inject(nn.Conv2d(4, 6, 3), "*", rank=1, bias=True)
     assert layer.weight is not layer._parameters["weight"]
