@@ -6,9 +6,9 @@ AdaptSR (arXiv 2503.07748) claims that low-rank updates of convolutions, attenti
 92 % fewer trained parameters. Here all convolutions and linear layers of each base are adapted, at two budgets (8 % of
 the base's parameters, and a richer one), with one rank for all layers, the largest that fits, and with the ranks of
 `convlora.allocate_ranks` for the same number of parameters. All methods train for equal steps on the same patches. The
-learning rate of each method, budget and base is the best on training photos that are kept out (degradation "camera",
-one seed): of three rates, and of one more at an end for as long as the best is at that end. The table is BSDS val,
-three seeds, one for the richer budget.
+learning rate of each method, budget, base and degradation is the best on training photos that are kept out (one
+seed): of three rates, and of one more at an end for as long as the best is at that end. The table is BSDS val, three
+seeds, one for the richer budget.
 
 DATA holds `bsds/train` and `bsds/val` (photos as BSDS500 has them). Every training is written to `--trials` when it
 ends and not repeated.
@@ -60,7 +60,8 @@ BUDGETS = (0.08, 0.24)  # of the base's parameters
 DEGRADED = ("camera", "night")
 BATCHES = 16  # that the allocation of ranks looks at
 RATES = {"full": (4e-4, 8e-4, 1.6e-3), "else": (5e-3, 1e-2, 2e-2)}
-Rates = dict[tuple[str, float], float]  # (method, budget) -> learning rate
+Setting = tuple[str, str, float]  # degradation, method, budget
+Rates = dict[Setting, float]
 METHODS = {
     "PEFT": "PEFT LoRA, one rank",
     "locon": "locon, one rank",
@@ -86,7 +87,7 @@ class Trial:
     judged: str = "val"  # or "kept out"
 
 
-Searches = dict[tuple[str, float], list[Trial]]  # (method, budget) -> a trial for each rate, rising
+Searches = dict[Setting, list[Trial]]  # a trial for each rate, rising
 
 
 # --- the methods ------------------------------------------------------------------------------------------------------
@@ -202,14 +203,15 @@ def file_size(model: nn.Module, trial: Trial) -> int:
 
 
 def searches(base: str, richer: bool) -> Searches:
-    """(method, budget) -> one trial for each learning rate; allocated ranks take the rate of one rank."""
+    """One trial for each learning rate; allocated ranks take the rate of one rank."""
     settings = [("full", 0.0)]
     settings += [(method, budget) for budget in BUDGETS[: 1 + richer] for method in ("PEFT", "locon", "convlora")]
     return {
-        (method, budget): [
-            Trial(base, "camera", method, budget, rate, judged="kept out")
+        (degradation, method, budget): [
+            Trial(base, degradation, method, budget, rate, judged="kept out")
             for rate in RATES["full" if method == "full" else "else"]
         ]
+        for degradation in DEGRADED
         for method, budget in settings
     }
 
@@ -235,7 +237,7 @@ def table_trials(base: str, degradation: str, rates: Rates, seeds: int, richer: 
     rows = {"bicubic": [Trial(base, degradation, "bicubic")], "base, frozen": [Trial(base, degradation, "base")]}
     settings = [("full", 0.0), *((method, budget) for budget in BUDGETS[: 1 + richer] for method in METHODS)]
     for method, budget in settings:
-        rate = rates[method.partition(" ")[0], budget]
+        rate = rates[degradation, method.partition(" ")[0], budget]
         name = f"{METHODS[method]}, at most {budget:.0%}" if budget else "all weights"
         count = 1 if budget == BUDGETS[1] else seeds
         rows[name] = [Trial(base, degradation, method, budget, rate, seed) for seed in range(count)]
