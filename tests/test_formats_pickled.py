@@ -108,6 +108,7 @@ ZIPS = {
     "long": (lambda records: swapped(records, "data/0", bytes(400)), "cut short"),
     "empty": (lambda records: swapped(records, "data.pkl", b""), "cut short"),
     "code": (lambda records: swapped(records, "data.pkl", pickle.dumps(print)), "could run code"),
+    "marks": (lambda records: swapped(records, "data.pkl", b"\x80\x02" + 200_000 * b"("), "more parts"),
 }
 
 
@@ -117,6 +118,13 @@ def test_zip_files_of_another_sort_are_refused(case: str) -> None:
     options = {"compression": zipfile.ZIP_DEFLATED} if case == "compressed" else {}
     with pytest.raises(ValueError, match=message):
         unpickle(repacked(saved({"a": torch.ones(5, 5)}), change, **options))
+
+
+def test_thousands_of_tensors_are_read() -> None:
+    many = {f"layer{i}.weight": torch.full((1,), float(i)) for i in range(3_000)}
+    found = unpickle(saved({"state": many, "steps": list(range(20_000))}))
+    assert all(torch.equal(found["state"][name], tensor) for name, tensor in many.items())
+    assert found["steps"] == list(range(20_000))
 
 
 def test_a_flipped_bit_among_the_values_is_noticed() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 STEPS = 2**18  # instructions in a file of no size
 RECORDS = 2**13  # tensors likewise
+STACK = 2**13  # values at a time: a pickle fills a dict by a thousand entries
 UNSAFE = "it is no file of plain tensors; others could run code"
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -156,6 +157,8 @@ class _Machine:
             if act is None:
                 raise ValueError(UNSAFE)
             act(self)
+            if len(self.stack) > STACK:
+                raise ValueError("it has more parts than an adapter can have")
         raise ValueError("it has more instructions than an adapter of its size can have")
 
     # --- reading and the stack
