@@ -118,8 +118,8 @@ class _MissingError(AttributeError):
 def _property(kind: str) -> property:
     def read(self: Any) -> Any:
         try:
-            if not torch.compiler.is_compiling() and threads.current is not None:
-                threads.current.hold_back(self)
+            if not torch.compiler.is_compiling() and (switch := threads.current) is not None:
+                switch.hold_back(self)
             base = raw(self, kind)
             if base is None or is_sharded(base):  # sharded: whole only inside FSDP2's forward
                 return base
@@ -214,8 +214,8 @@ def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
     plain, form = base.forward, form_of(base)
 
     def forward(self: Any, input: Tensor, *more: Any) -> Any:
-        if not torch.compiler.is_compiling() and threads.current is not None:
-            threads.current.hold_back(self)
+        if not torch.compiler.is_compiling() and (switch := threads.current) is not None:
+            switch.hold_back(self)
         slot = slot_of(self)
         if slot._rows is not None:
             least_dims = 2 if isinstance(self, nn.Linear) else len(self.kernel_size) + 2

@@ -10,6 +10,7 @@ A call is one of a module (`model(x)`, not `model.forward(x)`) that runs eagerly
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import sys
 import threading
@@ -24,6 +25,8 @@ from convlora.errors import ConvLoRAError
 PATIENCE = 60.0  # seconds that a switch waits for a call, or for another switch, before it is refused
 
 _CALL = nn.Module.__call__.__code__
+_GENERATOR = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_LOOKS = 1000  # at a stack that ends in a generator; only threads that something other than Python made have such
 _lock = threading.RLock()
 current: Switch | None = None  # the one that goes on
 
@@ -55,26 +58,40 @@ class Switch:
 
     def _calls(self) -> set[FrameType]:
         """The outermost call of the model in every other thread that is in one."""
-        frames = (frame for thread, frame in sys._current_frames().items() if thread != self.thread)
-        return {call for frame in frames if (call := self._outermost(frame)) is not None}
+        calls = (self._call_of(thread) for thread in sys._current_frames() if thread != self.thread)
+        return {call for call in calls if call is not None}
 
-    def _outermost(self, frame: FrameType | None) -> FrameType | None:
+    def _call_of(self, thread: int) -> FrameType | None:
+        """The outermost call of the model in a thread, which goes on while its stack is read.
+
+        A function that has returned meanwhile still knows its caller, a generator that has yielded does not: a stack
+        that ends in one was cut off there, and is read again.
+        """
         call = None
+        for _ in range(_LOOKS):
+            call, last = self._outermost(sys._current_frames().get(thread))
+            if last is None or not last.f_code.co_flags & _GENERATOR:
+                break
+        return call
+
+    def _outermost(self, frame: FrameType | None) -> tuple[FrameType | None, FrameType | None]:
+        """The outermost call of the model among a frame and its callers, and the outermost of them all."""
+        call = last = None
         while frame is not None:
             if frame.f_code is _CALL:
                 children = frame.f_locals["self"]._modules
                 wrapped = children.get("_orig_mod", children.get("module"))  # torch.compile, DDP and the like
                 if not {id(frame.f_locals["self"]), id(wrapped)}.isdisjoint(self.modules):
                     call = frame
-            frame = frame.f_back
-        return call
+            last, frame = frame, frame.f_back
+        return call, last
 
     def hold_back(self, layer: nn.Module) -> None:
         """Wait at a read of a layer's weight if it belongs to a call that began after the switch."""
         if threading.get_ident() == self.thread or id(layer) not in self.modules:
             return
         self.counted.wait()
-        if self._outermost(sys._getframe(1)) not in self.begun:
+        if self._outermost(sys._getframe(1))[0] not in self.begun:
             self.over.wait()
 
 

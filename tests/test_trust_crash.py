@@ -205,6 +205,29 @@ def test_a_switch_waits_for_the_calls_that_have_begun(running: Running, wrapped:
     assert torch.equal(running.run(), running.off)
 
 
+def test_a_stack_that_a_generator_cut_off_is_read_again(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread goes on while others read its stack: a generator that has yielded no longer knows its caller."""
+    call = Thread(running.run)
+    assert running.gate.reached.wait(60)
+    yielded = (number for number in range(2))
+    next(yielded)
+    frames, cut_off = sys._current_frames, iter(range(8))
+
+    def found() -> Any:
+        stacks = frames()
+        if next(cut_off, None) is not None:
+            stacks[call.thread.ident] = yielded.gi_frame
+        return stacks
+
+    monkeypatch.setattr(sys, "_current_frames", found)
+    switch = Thread(lambda: convlora.activate(running.model, []))
+    switch.thread.join(0.2)
+    assert switch.thread.is_alive()
+    running.gate.open.set()
+    assert torch.equal(call.ended(), running.on)
+    assert switch.ended() is running.model
+
+
 def test_a_call_that_begins_during_a_switch_waits_for_its_end(running: Running) -> None:
     first = Thread(running.run)
     assert running.gate.reached.wait(60)
