@@ -409,7 +409,7 @@ def main(
     for section in sections:
         section.show()
     command = f"python benchmarks/adaptsr.py DATA --seeds {seeds} " + " ".join(
-        f"--base {name}={path.name}" for name, path in bases.items()
+        [f"--base {name}={path.name}" for name, path in bases.items()] + [f"--richer {name}" for name in richer or []]
     )
     write_results(out, command, facts, sections)
 
