@@ -94,8 +94,8 @@ NETS = {
     "RRDB, 23 blocks": Net(lambda: ESRGAN(num_filters=64, num_blocks=23), (1, 3, 32, 32), ranks=(4, 8)),
     "SwinIR-60, convs": Net(lambda: swinir(60, (6, 6)), (1, 3, 48, 48), nn.Conv2d),
     "SwinIR-60, all": Net(lambda: swinir(60, (6, 6)), (1, 3, 48, 48)),
-    "SwinIR-180, convs": Net(lambda: swinir(180, (6,)), (1, 3, 48, 48), nn.Conv2d),
-    "SwinIR-180, all": Net(lambda: swinir(180, (6,)), (1, 3, 48, 48)),
+    "SwinIR-180, convs": Net(lambda: swinir(180, (6,)), (1, 3, 48, 48), nn.Conv2d, (4, 8)),
+    "SwinIR-180, all": Net(lambda: swinir(180, (6,)), (1, 3, 48, 48), ranks=(4, 8)),
     "ResNet-50": Net(resnet50, (4, 3, 96, 96)),
     "MobileNet-v2": Net(mobilenet_v2, (4, 3, 96, 96)),
 }
