@@ -92,21 +92,21 @@ class LowRank(nn.Module):
 
     def forward(self, kind: str = "weight", dropout: bool = True, strength: float | None = None) -> Tensor:
         """The update at its strength, or at the one given."""
+        # A compiled graph takes strength and scale from tensors and reads no number that a hot swap changes.
         as_tensor = strength is None and torch.compiler.is_compiling()
-        if strength is None:
+        if strength is None and not as_tensor:
             strength = self.strength
         if kind == "bias":
             assert self.lora_bias is not None
             assert self._bias_gain is not None
-            return self.lora_bias * (self._bias_gain if as_tensor else strength)
+            return self.lora_bias * (self._bias_gain if strength is None else strength)
         factors = {name: getattr(self, name) for name in self._tensors}  # no parameters in DataParallel's replicas
-        p = self.config.rank_dropout
-        if self.training and p > 0 and dropout:
+        if self.training and dropout and (p := self.config.rank_dropout) > 0:
             kept = torch.rand(self.rank, dtype=torch.float32, device=self._gain.device) >= p
             keep = kept.to(self._gain.dtype) / (1 - p)
             factors = self.factorization.drop(factors, keep)
         # Eager ones take the number: a backward that comes after another `activate` must not find the tensor changed.
-        gain = self._gain if as_tensor else strength * self.scale
+        gain = self._gain if strength is None else strength * self.scale
         return self.spec.from_convolution(self.factorization.delta(factors, self.spec)) * gain
 
     def in_float64(self, kind: str) -> Tensor:
