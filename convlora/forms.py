@@ -25,9 +25,9 @@ from convlora.lowrank import LowRank
 from convlora.slot import Slot
 from convlora.thin import Update
 
-# Below this many multiplications in a layer's forward, times the square of the threads (by which small products gain
-# less than convolutions do), the calls of other forms cost more than they save.
-LEAST_WORK = 6e7
+# Below this many multiplications in a layer's forward, times the threads (by which small products gain less than
+# convolutions do), the calls of other forms cost more than they save.
+LEAST_WORK = 4.5e7
 # Above this share of the smaller side of the weight, thin products cost more than the whole gradient.
 LARGEST_SHARE = 1 / 5
 # Two branches where the weight has more elements than this many times the output's positions.
