@@ -3,4 +3,6 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the modules beside this package import each other by name
+# The modules beside this package, and the oracle and the networks of the tests, import each other by name.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.append(str(Path(__file__).parents[2] / "tests"))

@@ -9,19 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-sys.path.append(str(Path(__file__).parents[2] / "tests"))
-import oracle as oracle
 import zoo
+from torch import Tensor, nn
 
 LIBRARIES = ("torch", "torchvision", "timm", "diffusers", "transformers", "spandrel")
 LEFT_OUT = {

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from common import Section
+from oracle import bits, randomise
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import convlora
-from benchmarks.trust.catalogue import LEFT_OUT, Case, cases, oracle
+from benchmarks.trust.catalogue import LEFT_OUT, Case, cases
 from convlora.flow import leaves
 from convlora.layer import Adapted, slot_of, why_not
 from convlora.putback import put_back
@@ -122,14 +123,14 @@ class _Trial:
 
     def run(self, folder: Path) -> None:
         model, check = self.base, self.check
-        expected, kinds, state = self.outputs(model), [type(m) for m in model.modules()], oracle.bits(model)
+        expected, kinds, state = self.outputs(model), [type(m) for m in model.modules()], bits(model)
         identities = [(id(p), p.requires_grad) for p in model.parameters()]
         fresh = self.copy(model)
         self.adapt(model)
         check("identity", lambda: _same(self.outputs(model), expected))
         check("step", lambda: self.step(model))
 
-        oracle.randomise(model, std=0.1)
+        randomise(model, std=0.1)
         acting = self.outputs(model)
         check("identity", lambda: not _same(acting, expected) or "random factors change nothing")
         convlora.save(model, folder / "adapter.safetensors")
@@ -137,7 +138,7 @@ class _Trial:
         check("file", lambda: _same(self.outputs(fresh), acting))
         convlora.merge(fresh)
         check("merge", lambda: _same(self.outputs(fresh), acting))
-        check("merge", lambda: {k: v for k, v in oracle.bits(fresh).items() if ".convlora." not in k} == state)
+        check("merge", lambda: {k: v for k, v in bits(fresh).items() if ".convlora." not in k} == state)
         computed = any(parametrize.is_parametrized(module) for module in fresh.modules())
         convlora.remove(fresh)
         check("merge", lambda: _same(self.outputs(fresh), acting))
@@ -147,7 +148,7 @@ class _Trial:
 
         convlora.unmerge(convlora.merge(model))
         convlora.remove(model)
-        check("remove", lambda: oracle.bits(model) == state and [type(m) for m in model.modules()] == kinds)
+        check("remove", lambda: bits(model) == state and [type(m) for m in model.modules()] == kinds)
         check("remove", lambda: [(id(p), p.requires_grad) for p in model.parameters()] == identities)
 
     def adapt(self, model: nn.Module) -> None:
