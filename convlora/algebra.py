@@ -19,7 +19,7 @@ from convlora.adapter import BIAS, Adapter, LayerFactors
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors import Factorization, WeightSpec, get_factors
-from convlora.progress import steps
+from convlora.support.progress import counted_steps
 from convlora.truncate import Choose, Fit, chooser
 
 T = TypeVar("T")
@@ -154,7 +154,7 @@ def resize(adapter: Adapter, rank: int | None, energy: float | None) -> Adapter:
     """See `Adapter.resize`."""
     choose = chooser("Adapter.resize", rank, energy)
     layers, errors = {}, {}
-    for path, layer in steps(adapter.layers.items()):
+    for path, layer in counted_steps(adapter.layers.items()):
         errors[path] = 0.0
         layers[path] = layer
         if rank is None or layer.rank > rank:
@@ -184,7 +184,7 @@ def refactor(adapter: Adapter, factors: str, rank: int | None, energy: float | N
         return adapter.resize(rank=rank, energy=energy) if limited else adapter
     config = adapter.config.replace(factors=factors, init="default")
     layers, errors = {}, {}
-    for path, layer in steps(adapter.layers.items()):
+    for path, layer in counted_steps(adapter.layers.items()):
         errors[path] = 0.0
         if _means_the_same(get_factors(adapter.config.factors), target, layer):
             layers[path] = layer

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from convlora.adapter import Adapter
-from convlora.atomic import write_atomically
 from convlora.errors import ConvLoRAError
+from convlora.support.atomic import write_atomically
 
 NAME = "README.md"
 _MARK = "library_name: convlora"  # in the front matter of every card

@@ -17,8 +17,8 @@ from convlora.conv import fuse, fuse_exactly, is_finite
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors import WeightSpec
 from convlora.formats.native import fingerprint
-from convlora.progress import steps
 from convlora.specs import guess, is_weight
+from convlora.support.progress import counted_steps
 from convlora.truncate import chooser
 
 OPERATION = "Adapter.extract"
@@ -48,7 +48,7 @@ def apply(
                 changes.setdefault(name, {}).setdefault(number, (adapter, layer, strength))
     problems = Problems()
     merged: dict[str, Tensor] = {}
-    for name, parts in steps(changes.items()):
+    for name, parts in counted_steps(changes.items()):
         base = state_dict[name]
         updates = (_change(name, *part, exact).to(base.device) for part in parts.values())
         merged[name] = (fuse_exactly if exact else fuse)(base.detach(), updates)
@@ -104,7 +104,7 @@ def extract(
     config = AdapterConfig(targets="*", factors=factors, name=name)
     differing, left_out = _compare(base, tuned)
     layers, errors = {}, {}
-    for path, spec in steps(_layers(base, tuned, differing, specs or {}).items()):
+    for path, spec in counted_steps(_layers(base, tuned, differing, specs or {}).items()):
         weight, bias = key(path, "weight"), key(path, "bias")
         fit = factorization.fit(spec.to_convolution(_difference(base, tuned, weight)), spec, choose)
         tensors = dict(fit.factors)

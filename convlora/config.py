@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from convlora.errors import ConvLoRAError
-from convlora.jsontext import parse
+from convlora.support.jsontext import parse_json
 
 Target: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Sequence[Target]"
@@ -154,7 +154,7 @@ class AdapterConfig:
             2
         """
         try:
-            values = parse(text)
+            values = parse_json(text)
         except (AttributeError, TypeError, ValueError) as error:
             raise ConvLoRAError(f"AdapterConfig: not JSON ({error})") from None
         if not isinstance(values, dict) or "targets" not in values:

@@ -19,9 +19,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from convlora.adapter import key
-from convlora.atomic import write_atomically
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
-from convlora.formats.native import as_bytes
+from convlora.support.atomic import write_atomically
+from convlora.support.safetensors import tensor_bytes
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".ckpt", ".bin")  # all but the first as `torch.save` writes them
@@ -189,7 +189,7 @@ def _patched(raw: bytes, changed: Mapping[str, Tensor]) -> bytes:
     parts: list[Any] = []
     done = 0
     for first, last, name in sorted((*entries[name]["data_offsets"], name) for name in changed):
-        parts += [memoryview(raw)[done : start + first], as_bytes(changed[name])]
+        parts += [memoryview(raw)[done : start + first], tensor_bytes(changed[name])]
         done = start + last
     return b"".join([*parts, memoryview(raw)[done:]])
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from convlora.flow import Flow, leaves, with_gradient
 from convlora.layer import peek, slot_of, watching_reads
 from convlora.putback import put_back
+from convlora.support.table import text_table
 from convlora.switch import activate, disabled
-from convlora.table import table
 from convlora.walk import adapted_layers, refuse_sharded, slots, unwrap, with_adapters
 
 
@@ -55,7 +55,7 @@ class Summary:
         ]  # fmt: skip
         share = f" ({self.trainable / self.base:.2%} of the base)" if self.base else ""
         foot = f"{self.trainable:,} of {self.total:,} parameters train{share}"
-        return f"{table(columns, rows, right=3)}\n{foot}"
+        return f"{text_table(columns, rows, right=3)}\n{foot}"
 
 
 def summary(model: nn.Module) -> Summary:
@@ -147,7 +147,9 @@ class Audit:
         if self.ok:
             return f"all {len(self.layers)} adapted layers act in train and eval mode, none is overwritten"
         rows = [[name, problem] for name, problem in self.problems.items()]
-        return f"{table(['layer', 'problem'], rows)}\n{len(rows)} of {len(self.layers)} adapted layers have a problem"
+        return (
+            f"{text_table(['layer', 'problem'], rows)}\n{len(rows)} of {len(self.layers)} adapted layers have a problem"
+        )
 
 
 def audit(model: nn.Module, *inputs: Any, **named: Any) -> Audit:

@@ -17,7 +17,8 @@ from oracle import adapted_net, randomise
 from torch import Tensor, nn
 
 import convlora
-from convlora import ConvLoRAError, atomic, threads
+from convlora import ConvLoRAError, threads
+from convlora.support import atomic
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.trust import crash

@@ -18,7 +18,7 @@ from torch import nn
 import convlora
 from convlora import Adapter, ConvLoRAError, formats
 from convlora.formats import native
-from convlora.formats.parsing import contents
+from convlora.support.safetensors import read_regular_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.trust import fuzz, mutate, seeds
@@ -283,7 +283,7 @@ def test_a_file_is_read_once_though_another_process_replaces_it(
     expected = Adapter.read(place)
 
     def read_then_replaced(path: Any) -> bytes:
-        raw = contents(path)
+        raw = read_regular_file(path)
         place.write_bytes(second["rain.safetensors"])
         return raw
 

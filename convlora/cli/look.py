@@ -22,8 +22,8 @@ from convlora.errors import ConvLoRAError
 from convlora.factors import WeightSpec
 from convlora.files import Checkpoint
 from convlora.formats import specs_from_checkpoint, specs_of
-from convlora.progress import steps
-from convlora.table import table
+from convlora.support.progress import counted_steps
+from convlora.support.table import text_table
 from convlora.targets import nearest, per_layer, select
 
 
@@ -41,7 +41,7 @@ def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
     adapter = read_adapter(file, read_base(base))
     format = formats.detect(file)
     with progress("norms"):
-        layers = {path: _describe(adapter.config, layer) for path, layer in steps(adapter.layers.items())}
+        layers = {path: _describe(adapter.config, layer) for path, layer in counted_steps(adapter.layers.items())}
     report = {
         "file": str(file),
         "format": format,
@@ -70,7 +70,7 @@ def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
     head = "\n".join(f"{name:8}{text}" for name, text in facts.items())
     columns = ["layer", "weight", "rank", "alpha", "scale", "parameters", "‖ΔW‖"]
     foot = f"{len(layers)} layers, {report['parameters']:,} parameters"
-    emit(report, f"{head}\n\n{table(columns, rows, right=5)}\n{foot}", as_json)
+    emit(report, f"{head}\n\n{text_table(columns, rows, right=5)}\n{foot}", as_json)
 
 
 def diff(
@@ -95,7 +95,7 @@ def diff(
     with progress("distances"):
         layers = {
             path: _compare(ours.config, ours.layers[path], theirs.config, theirs.layers[path])
-            for path in steps(both)
+            for path in counted_steps(both)
             if path not in other
         }
     report: dict[str, Any] = {
@@ -113,7 +113,7 @@ def diff(
          "  ".join(f"{d:.3g}" + (" (bias)" if kind == "bias" else "") for kind, d in each["distance"].items())]
         for path, each in layers.items()
     ]  # fmt: skip
-    lines = [table(["layer", "rank A", "rank B", "‖ΔW‖ A", "‖ΔW‖ B", "distance"], rows, right=5)] if rows else []
+    lines = [text_table(["layer", "rank A", "rank B", "‖ΔW‖ A", "‖ΔW‖ B", "distance"], rows, right=5)] if rows else []
     for what, paths in (("only in A", report["only_a"]), ("only in B", report["only_b"]), ("other weights", other)):
         lines += [f"{what}: {', '.join(paths)}"] if paths else []
     distance = report["largest_distance"]
@@ -176,7 +176,7 @@ def layers(
     ]
     of = known.name if known else "the bare checkpoint, groups unknown"
     foot = f"{len(kinds)} of {len(every)} layers of {of}; {report['weights']:,} weights"
-    text = table(["layer", "type", "weight", "groups", "weights"], rows, right=2)
+    text = text_table(["layer", "type", "weight", "groups", "weights"], rows, right=2)
     emit(report, f"{text}\n{foot}", as_json)
 
 
@@ -212,7 +212,7 @@ def verify(
     report["ok"] = not failed
     words = {True: "ok", False: "FAILED", None: "unknown"}
     rows = [[name, words[check["ok"]], check["what"]] for name, check in checks.items()]
-    emit(report, table(["check", "result", "what"], rows), as_json)
+    emit(report, text_table(["check", "result", "what"], rows), as_json)
     if failed:
         raise ConvLoRAError(f"verify: {'; '.join(checks[name]['what'] for name in failed)}")
 

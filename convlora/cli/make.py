@@ -29,7 +29,7 @@ from convlora.cli.inputs import (
 from convlora.cli.options import Adapters, Base, BaseOption, Energy, File, Force, Form, Json, Name, Out, Rank
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.files import SAFETENSORS, SUFFIXES, Checkpoint
-from convlora.table import table
+from convlora.support.table import text_table
 
 ROUNDING = 1e-6  # of float32 factors: an error below it is none
 NEEDED = {"peft": "locon", "locon": "locon", "loralib": "convlora"}  # the factorization that a format can hold
@@ -261,7 +261,7 @@ def _report(adapter: Adapter, errors: Mapping[str, float], out: Path, format: st
     }
     lossy = [[path, str(layer.rank), f"{errors[path]:.3g}"] for path, layer in adapter.layers.items()
              if errors.get(path, 0.0) > ROUNDING]  # fmt: skip
-    lines = [table(["layer", "rank", "error"], lossy, right=2)] if lossy else []
+    lines = [text_table(["layer", "rank", "error"], lossy, right=2)] if lossy else []
     lines += [f"{out}: {len(adapter.layers)} layers, {parameters:,} parameters, {report['bytes']:,} bytes"]
     emit(report, "\n".join(lines), as_json)
 

@@ -20,24 +20,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from convlora.adapter import Adapter, LayerFactors, key
-from convlora.atomic import write_atomically
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError, one_line
 from convlora.factors import WeightSpec
-from convlora.formats.parsing import contents, unpack
-from convlora.jsontext import parse
+from convlora.support.atomic import write_atomically
+from convlora.support.jsontext import parse_json
+from convlora.support.safetensors import from_safetensors, read_regular_file, tensor_bytes, to_safetensors
 
 FORMAT, VERSION = "convlora", 1
 OTHERS = "convlora.formats.read reads those of PEFT, LoCon and loralib"
-
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
 
 
 def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -56,13 +50,15 @@ def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     if adapter.fingerprint is not None:
         metadata["fingerprint"] = adapter.fingerprint
     metadata["checksum"] = checksum(tensors, metadata)
-    write_atomically(path, serialize(tensors, metadata))
+    write_atomically(path, to_safetensors(tensors, metadata))
 
 
 def read(path: str | os.PathLike[str]) -> Adapter:
     """Read an adapter; see `Adapter.read`."""
     try:
-        tensors, metadata = unpack(contents(path))  # read once: another process may be replacing the file
+        tensors, metadata = from_safetensors(
+            read_regular_file(path)
+        )  # read once: another process may be replacing the file
     except Exception as error:  # a damaged file can raise anything
         others = "" if isinstance(error, FileNotFoundError) else f"; {OTHERS}"
         raise ConvLoRAError(f"read: '{path}' cannot be read as an adapter file ({one_line(error)}){others}") from None
@@ -84,25 +80,6 @@ def read(path: str | os.PathLike[str]) -> Adapter:
         raise ConvLoRAError(f"read: '{path}' has malformed metadata ({one_line(error)})") from None
 
 
-def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file: header length, JSON header, tensors, wide dtypes first so that all of them are aligned.
-
-    Put together here since safetensors writes the metadata in random order, and in several times the time.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    parts, end = [], 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPES:
-            raise ConvLoRAError(f"write: adapter files have no {tensor.dtype} (of '{name}'); use .to(torch.float32)")
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        parts.append(as_bytes(tensor))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
-
-
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 over the metadata (but the checksum itself) and the tensors, independent of their order in the file."""
     digest = hashlib.sha256()
@@ -115,7 +92,7 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 def update(digest: Any, name: str, tensor: Tensor) -> None:
     """Feed a tensor's name, dtype, shape and bytes to a hash."""
     digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    digest.update(as_bytes(tensor))
+    digest.update(tensor_bytes(tensor))
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str | None:
@@ -129,14 +106,9 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str | None:
         weight = weights[path]
         if weight.is_meta:
             return None
-        crc = zlib.crc32(as_bytes(weight))
+        crc = zlib.crc32(tensor_bytes(weight))
         digest.update(f"{key(path, 'weight')}|{weight.dtype}|{tuple(weight.shape)}|{crc}\n".encode())
     return f"sha256:{digest.hexdigest()}"
-
-
-def as_bytes(tensor: Tensor) -> Any:
-    """A tensor's bytes in C order, as a buffer."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def _entry(layer: LayerFactors) -> list[Any]:
@@ -162,7 +134,7 @@ def described(text: str) -> dict[str, LayerFactors]:
     Raises:
         ConvLoRAError, LookupError, TypeError, ValueError, AttributeError, RecursionError: it did not write this.
     """
-    entries: dict[str, list[Any]] = parse(text)
+    entries: dict[str, list[Any]] = parse_json(text)
     layers = {}
     for path, entry in entries.items():
         defaults: list[Any] = [1, 0, []]

@@ -26,15 +26,14 @@ from torch import Tensor
 
 from convlora.adapter import BIAS, Adapter, LayerFactors
 from convlora.algebra import assemble
-from convlora.atomic import write_folder
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems, one_line
 from convlora.factors import WeightSpec
-from convlora.formats.native import serialize
-from convlora.formats.parsing import contents
 from convlora.formats.patterns import Patterns
 from convlora.formats.tensors import load
-from convlora.jsontext import parse
+from convlora.support.atomic import write_folder
+from convlora.support.jsontext import parse_json
+from convlora.support.safetensors import read_regular_file, to_safetensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -98,7 +97,7 @@ def read(path: str | os.PathLike[str]) -> Adapter:
 
 def _settings(folder: Path) -> dict[str, Any]:
     try:
-        settings = parse(contents(folder / CONFIG).decode())
+        settings = parse_json(read_regular_file(folder / CONFIG).decode())
     except (OSError, ValueError) as error:
         raise ConvLoRAError(f"{CONFIG} cannot be read ({one_line(error)})") from None
     if not isinstance(settings, dict):
@@ -183,7 +182,7 @@ def write(adapter: Adapter, path: str | os.PathLike[str], prefix: str | None) ->
         if with_bias:
             tensors[f"{stem}.lora_B.bias"] = _bias(layer, adapter.config.scale(layer.rank, layer.alpha))
     settings = json.dumps(_config(adapter, with_bias), indent=2, sort_keys=True)
-    write_folder(path, {WEIGHTS: serialize(tensors, {"format": "pt"}), CONFIG: settings.encode()})
+    write_folder(path, {WEIGHTS: to_safetensors(tensors, {"format": "pt"}), CONFIG: settings.encode()})
 
 
 def _check(adapter: Adapter) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from convlora.atomic import write_atomically
 from convlora.errors import ConvLoRAError, one_line
-from convlora.formats.native import serialize
-from convlora.formats.parsing import contents, described, unpack
 from convlora.formats.pickled import unpickle
+from convlora.support.atomic import write_atomically
+from convlora.support.safetensors import from_safetensors, read_regular_file, safetensors_header, to_safetensors
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -28,9 +27,9 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
         ConvLoRAError: no such file, a damaged one, or one that holds more than named tensors.
     """
     with _readable(path):
-        raw = contents(path)
+        raw = read_regular_file(path)
         if _is_safetensors(path, raw):
-            found, metadata = unpack(raw)
+            found, metadata = from_safetensors(raw)
             return {name: found[name] for name in sorted(found, key=_natural)}, metadata
         content = unpickle(raw)
     if type(content) is not dict or not content:
@@ -48,9 +47,9 @@ def header(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
         ConvLoRAError: as `load`.
     """
     with _readable(path):
-        raw = contents(path)
+        raw = read_regular_file(path)
         if _is_safetensors(path, raw):
-            return described(raw)
+            return safetensors_header(raw)
     tensors, metadata = load(path)
     return list(tensors), metadata
 
@@ -86,7 +85,7 @@ def dump(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: 
     """
     suffix = Path(path).suffix
     if suffix == ".safetensors":
-        write_atomically(path, serialize(tensors, metadata))
+        write_atomically(path, to_safetensors(tensors, metadata))
     elif suffix in TORCH_SUFFIXES:
         buffer = io.BytesIO()
         torch.save(dict(tensors), buffer)

@@ -13,7 +13,7 @@ Tell = Callable[[int, int], None]  # how many of how many steps are done
 _tell: ContextVar[Tell | None] = ContextVar("convlora_progress", default=None)
 
 
-def steps(items: Collection[T]) -> Iterator[T]:
+def counted_steps(items: Collection[T]) -> Iterator[T]:
     """The items one by one, each of them a step of a long computation.
 
     Example:
@@ -32,7 +32,7 @@ def steps(items: Collection[T]) -> Iterator[T]:
 
 
 @contextlib.contextmanager
-def watching(tell: Tell) -> Iterator[None]:
+def watching_steps(tell: Tell) -> Iterator[None]:
     """Call `tell(done, total)` at every step of what runs inside."""
     token = _tell.set(tell)
     try:

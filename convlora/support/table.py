@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> str:
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> str:
     """The rows below the names of their columns; the last `right` columns are right-aligned.
 
     Example:

@@ -8,7 +8,7 @@ from typing import Any
 PARTS = 2**18  # in a file of no size; as objects of Python they take some 100 bytes each
 
 
-def parse(text: str, size: int = 0) -> Any:
+def parse_json(text: str, size: int = 0) -> Any:
     """JSON as data; `size`: bytes of the file it comes from.
 
     Raises:
