@@ -17,7 +17,7 @@ from convlora.allocate import allocate_ranks as allocate_ranks
 from convlora.config import AdapterConfig as AdapterConfig
 from convlora.errors import ConvLoRAError as ConvLoRAError
 from convlora.errors import ConvLoRAWarning as ConvLoRAWarning
-from convlora.factors import register_factors as register_factors
+from convlora.factors.base import register_factors as register_factors
 from convlora.model import inject as inject
 from convlora.model import remove as remove
 from convlora.report import audit as audit

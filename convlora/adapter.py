@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from convlora.config import AdapterConfig, is_number
-from convlora.conv import is_finite
 from convlora.errors import ConvLoRAError, Problems
-from convlora.factors import WeightSpec, get_factors
+from convlora.factors.base import WeightSpec, get_factors
+from convlora.factors.fuse import is_finite
 
 BIAS = "lora_bias"
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from convlora.adapter import BIAS, Adapter, LayerFactors
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems
-from convlora.factors import Factorization, WeightSpec, get_factors
+from convlora.factors.base import Factorization, WeightSpec, get_factors
+from convlora.factors.svd import ChooseRank, Fit, rank_chooser
 from convlora.support.progress import counted_steps
-from convlora.truncate import Choose, Fit, chooser
 
 T = TypeVar("T")
 
@@ -31,13 +31,13 @@ class Algebraic(Protocol):
     def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Factors of the sum of the updates; the rank components of the parts one after the other."""
 
-    def fit(self, delta: Tensor, spec: WeightSpec, choose: Choose) -> Fit:
+    def fit(self, delta: Tensor, spec: WeightSpec, choose: ChooseRank) -> Fit:
         """The factors nearest in the Frobenius norm to an update `(out, in/groups, *kernel)`.
 
         `choose` gets the squared norm that each rank component adds, largest first, and says how many to keep.
         """
 
-    def shrink(self, factors: Mapping[str, Tensor], spec: WeightSpec, choose: Choose) -> Fit:
+    def shrink(self, factors: Mapping[str, Tensor], spec: WeightSpec, choose: ChooseRank) -> Fit:
         """`fit` to the update of other factors, without forming it; where it is missing, `fit` is used."""
 
 
@@ -152,7 +152,7 @@ def _sum(factorization: Any, summands: Sequence[tuple[AdapterConfig, LayerFactor
 
 def resize(adapter: Adapter, rank: int | None, energy: float | None) -> Adapter:
     """See `Adapter.resize`."""
-    choose = chooser("Adapter.resize", rank, energy)
+    choose = rank_chooser("Adapter.resize", rank, energy)
     layers, errors = {}, {}
     for path, layer in counted_steps(adapter.layers.items()):
         errors[path] = 0.0
@@ -164,7 +164,7 @@ def resize(adapter: Adapter, rank: int | None, energy: float | None) -> Adapter:
     return assemble(adapter.config, layers, fingerprint=adapter.fingerprint, errors=errors)
 
 
-def _shrink(config: AdapterConfig, layer: LayerFactors, choose: Choose) -> Fit:
+def _shrink(config: AdapterConfig, layer: LayerFactors, choose: ChooseRank) -> Fit:
     factorization = get_factors(config.factors)
     if not hasattr(factorization, "shrink"):
         factorization = algebraic(config.factors, "fit", "Adapter.resize")
@@ -178,7 +178,7 @@ def _shrink(config: AdapterConfig, layer: LayerFactors, choose: Choose) -> Fit:
 def refactor(adapter: Adapter, factors: str, rank: int | None, energy: float | None) -> Adapter:
     """See `Adapter.refactor`."""
     limited = rank is not None or energy is not None
-    choose = chooser("Adapter.refactor", rank, energy if limited else 1.0)
+    choose = rank_chooser("Adapter.refactor", rank, energy if limited else 1.0)
     target = algebraic(factors, "fit", "Adapter.refactor")
     if factors == adapter.config.factors:
         return adapter.resize(rank=rank, energy=energy) if limited else adapter

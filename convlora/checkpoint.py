@@ -13,13 +13,13 @@ from torch import Tensor
 from convlora.adapter import BIAS, Adapter, LayerFactors, key, update, wide
 from convlora.algebra import algebraic, assemble, unit_alpha
 from convlora.config import AdapterConfig, is_number
-from convlora.conv import fuse, fuse_exactly, is_finite
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
+from convlora.factors.fuse import fuse_weight, fuse_weight_exactly, is_finite
+from convlora.factors.svd import rank_chooser
 from convlora.formats.native import fingerprint
 from convlora.specs import guess, is_weight
 from convlora.support.progress import counted_steps
-from convlora.truncate import chooser
 
 OPERATION = "Adapter.extract"
 
@@ -51,7 +51,7 @@ def apply(
     for name, parts in counted_steps(changes.items()):
         base = state_dict[name]
         updates = (_change(name, *part, exact).to(base.device) for part in parts.values())
-        merged[name] = (fuse_exactly if exact else fuse)(base.detach(), updates)
+        merged[name] = (fuse_weight_exactly if exact else fuse_weight)(base.detach(), updates)
         if not is_finite(merged[name]):
             problems.non_finite.append(name)
     problems.raise_if_any("Adapter.apply_to")
@@ -99,7 +99,7 @@ def extract(
     specs: Mapping[str, WeightSpec] | None,
 ) -> Adapter:
     """See `Adapter.extract`."""
-    choose = chooser(OPERATION, rank, energy)
+    choose = rank_chooser(OPERATION, rank, energy)
     factorization = algebraic(factors, "fit", OPERATION)
     config = AdapterConfig(targets="*", factors=factors, name=name)
     differing, left_out = _compare(base, tuned)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from convlora import threads
 from convlora.errors import ConvLoRAError
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
 from convlora.forms import form_of
 from convlora.lowrank import LowRank
 from convlora.sharded import is_managed, is_shard_root, is_sharded

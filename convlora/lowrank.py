@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
-from convlora.factors import Factorization, WeightSpec, get_factors
+from convlora.factors.base import Factorization, WeightSpec, get_factors
 from convlora.sharded import like
 
 

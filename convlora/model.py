@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from convlora.bake import plan_baking
 from convlora.config import AdapterConfig, Targets
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
-from convlora.factors import WeightSpec, get_factors
+from convlora.factors.base import WeightSpec, get_factors
 from convlora.layer import Adapted, adapt, adapted_class, peek, release, slot_of, weight_spec
 from convlora.lowrank import LowRank
 from convlora.targets import describe, per_layer, select

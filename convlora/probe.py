@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
-from convlora.conv import is_finite
 from convlora.errors import ConvLoRAError
+from convlora.factors.fuse import is_finite
 from convlora.layer import adapt, peek, release, weight_spec
 from convlora.lowrank import LowRank
 from convlora.model import check_adaptable

@@ -147,9 +147,8 @@ class Audit:
         if self.ok:
             return f"all {len(self.layers)} adapted layers act in train and eval mode, none is overwritten"
         rows = [[name, problem] for name, problem in self.problems.items()]
-        return (
-            f"{text_table(['layer', 'problem'], rows)}\n{len(rows)} of {len(self.layers)} adapted layers have a problem"
-        )
+        foot = f"{len(rows)} of {len(self.layers)} adapted layers have a problem"
+        return f"{text_table(['layer', 'problem'], rows)}\n{foot}"
 
 
 def audit(model: nn.Module, *inputs: Any, **named: Any) -> Audit:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
-from convlora.conv import fuse, fuse_exactly
 from convlora.errors import ConvLoRAError
+from convlora.factors.fuse import fuse_weight, fuse_weight_exactly
 from convlora.lowrank import LowRank
 from convlora.rows import Rows
 
@@ -173,13 +173,13 @@ class Slot(nn.Module):
 
     def _compose(self, base: Tensor, kind: str, acting: list[str], strength: float | None = None) -> Tensor:
         if self._exact and not torch.compiler.is_compiling():
-            return fuse_exactly(base, [self.low_rank(name).in_float64(kind) for name in acting])
+            return fuse_weight_exactly(base, [self.low_rank(name).in_float64(kind) for name in acting])
         # Called as modules, so that hooks (FSDP2 unshards in one) run.
         device = base.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return fuse(base, [self._modules[name](kind, not self.merged, strength) for name in acting])  # type: ignore[misc]
-        return fuse(base, [self._modules[name](kind, not self.merged, strength) for name in acting])  # type: ignore[misc]
+                return fuse_weight(base, [self._modules[name](kind, not self.merged, strength) for name in acting])  # type: ignore[misc]
+        return fuse_weight(base, [self._modules[name](kind, not self.merged, strength) for name in acting])  # type: ignore[misc]
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._fused.clear()

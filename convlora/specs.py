@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convlora.adapter import key
 from convlora.errors import ConvLoRAError
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
 from convlora.layer import weight_spec, why_not
 from convlora.walk import unwrap
 

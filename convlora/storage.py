@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convlora.adapter import Adapter, LayerFactors
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
 from convlora.formats.native import fingerprint as fingerprint_of
 from convlora.layer import Adapted, peek, slot_of, weight_spec, why_not
 from convlora.lowrank import LowRank

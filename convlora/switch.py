@@ -10,8 +10,8 @@ from torch import nn
 
 from convlora.adapter import key
 from convlora.config import LARGEST, is_number
-from convlora.conv import is_finite
 from convlora.errors import ConvLoRAError
+from convlora.factors.fuse import is_finite
 from convlora.layer import slot_of, still
 from convlora.rows import Rows
 from convlora.threads import switching

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convlora.conv import fuse
+from convlora.factors.fuse import fuse_weight
 
 Pair = tuple[int, int]
 
@@ -37,7 +37,7 @@ class Update(NamedTuple):
         """The composite's weight, bitwise. Where nothing is differentiated it is formed in place: it may be large."""
         update = (self.b.flatten(1) @ self.a.flatten(1)).view(weight.shape)
         if torch.is_grad_enabled():
-            return fuse(weight, [update * self.gain])
+            return fuse_weight(weight, [update * self.gain])
         return torch.add(weight, update.mul_(self.gain), out=update if weight.is_contiguous() else None)
 
 

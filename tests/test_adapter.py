@@ -12,7 +12,7 @@ from torch import nn
 
 import convlora
 from convlora.adapter import Adapter, LayerFactors
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
 from convlora.layer import slot_of
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import convlora
 from convlora import Adapter, AdapterConfig
 from convlora.adapter import LayerFactors
-from convlora.factors import WeightSpec, get_factors, register_factors
+from convlora.factors.base import WeightSpec, get_factors, register_factors
 
 SPECS = {
     "a": WeightSpec((8, 6, 3, 3)),

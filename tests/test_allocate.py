@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import convlora
 from convlora.allocate import _component_squares
 from convlora.config import AdapterConfig
-from convlora.factors import WeightSpec, get_factors
+from convlora.factors.base import WeightSpec, get_factors
 from convlora.layer import weight_spec
 from convlora.probe import measure
 

@@ -13,7 +13,9 @@ from oracle import FACTORS, delta
 from torch import Tensor, nn
 
 import convlora
-from convlora.factors import ConvLoRAFactors, LoConFactors, WeightSpec, get_factors
+from convlora.factors.base import WeightSpec, get_factors
+from convlora.factors.convlora import ConvLoRAFactors
+from convlora.factors.locon import LoConFactors
 
 
 @st.composite

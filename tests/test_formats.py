@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import convlora
 from convlora import Adapter, ConvLoRAError, formats
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
 

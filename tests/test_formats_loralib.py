@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from convlora import ConvLoRAError, ConvLoRAWarning, formats
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
 

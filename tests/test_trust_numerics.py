@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import convlora
 from benchmarks.trust import numerics
 from benchmarks.trust.numerics import DTYPES, EXTREMES
-from convlora.conv import fuse_exactly, nearest
+from convlora.factors.fuse import fuse_weight_exactly, rounded_once
 
 exactly = pytest.mark.parametrize("exact", [False, True], ids=["as unmerged", "exact"])
 
@@ -67,8 +67,8 @@ def test_nearest_rounds_once() -> None:
         beyond = torch.tensor([torch.inf, -torch.inf, 1e300, 1e-300, -1e-300], dtype=torch.float64)
         values = torch.cat([(values * (1 + off)).flatten(), beyond])
         expected = numerics.nearest(values.numpy().astype("longdouble"), dtype)
-        assert nearest(values, dtype).double().tolist() == [float(v) for v in expected]
-        assert bool(nearest(torch.tensor([torch.nan]).double(), dtype).isnan())
+        assert rounded_once(values, dtype).double().tolist() == [float(v) for v in expected]
+        assert bool(rounded_once(torch.tensor([torch.nan]).double(), dtype).isnan())
 
 
 def test_the_oracle_of_the_numerics_is_right() -> None:
@@ -136,7 +136,7 @@ def test_exact_apply_to_is_bitwise_an_exact_merge(factors: str, dtype: torch.dty
 
 def test_fuse_exactly_forms_a_sum_of_several_updates_once() -> None:
     small = torch.full((1,), 2.0**-9, dtype=torch.float64)  # each is lost on a bfloat16 1, both are not
-    assert fuse_exactly(torch.ones(1).bfloat16(), [small, small * 1.01]).item() == 1 + 2**-7
+    assert fuse_weight_exactly(torch.ones(1).bfloat16(), [small, small * 1.01]).item() == 1 + 2**-7
 
 
 def test_steps_below_the_resolution_of_a_bfloat16_base_are_not_lost() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convlora.adapter import Adapter, LayerFactors
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
 from convlora.formats import specs_from_checkpoint, specs_of
 
 

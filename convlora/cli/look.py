@@ -19,7 +19,7 @@ from convlora.cli.inputs import OTHER_BASE, place, read_adapter, read_base, same
 from convlora.cli.options import BaseOption, File, Json
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
 from convlora.files import Checkpoint
 from convlora.formats import specs_from_checkpoint, specs_of
 from convlora.support.progress import counted_steps

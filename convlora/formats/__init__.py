@@ -9,7 +9,7 @@ from pathlib import Path
 
 from convlora.adapter import Adapter
 from convlora.errors import ConvLoRAError, Problems, one_line
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
 from convlora.formats import locon, loralib, native, peft, tensors
 from convlora.specs import specs_from_checkpoint as specs_from_checkpoint
 from convlora.specs import specs_of as specs_of

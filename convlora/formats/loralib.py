@@ -23,7 +23,7 @@ from convlora.adapter import BIAS, Adapter, LayerFactors, key
 from convlora.algebra import assemble, linear_scaling
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
 from convlora.formats.native import describe, described
 from convlora.formats.tensors import dump, load
 

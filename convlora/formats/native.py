@@ -25,7 +25,7 @@ from torch import Tensor
 from convlora.adapter import Adapter, LayerFactors, key
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError, one_line
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
 from convlora.support.atomic import write_atomically
 from convlora.support.jsontext import parse_json
 from convlora.support.safetensors import from_safetensors, read_regular_file, tensor_bytes, to_safetensors
@@ -56,9 +56,8 @@ def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
 def read(path: str | os.PathLike[str]) -> Adapter:
     """Read an adapter; see `Adapter.read`."""
     try:
-        tensors, metadata = from_safetensors(
-            read_regular_file(path)
-        )  # read once: another process may be replacing the file
+        raw = read_regular_file(path)  # once: another process may be replacing the file
+        tensors, metadata = from_safetensors(raw)
     except Exception as error:  # a damaged file can raise anything
         others = "" if isinstance(error, FileNotFoundError) else f"; {OTHERS}"
         raise ConvLoRAError(f"read: '{path}' cannot be read as an adapter file ({one_line(error)}){others}") from None

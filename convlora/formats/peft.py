@@ -28,7 +28,7 @@ from convlora.adapter import BIAS, Adapter, LayerFactors
 from convlora.algebra import assemble
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems, one_line
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
 from convlora.formats.patterns import Patterns
 from convlora.formats.tensors import load
 from convlora.support.atomic import write_folder

@@ -1,6 +1,7 @@
 """The bytes of a `.safetensors` file as tensors and plain data, and back.
 
-Reading believes nothing: what a file claims costs nothing before it is checked: neither memory that the file does not fill, nor time.
+Reading believes nothing: what a file claims costs neither memory that the file does not fill nor time before it is
+checked.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from convlora.errors import ConvLoRAError
 # the norm of all: far below the rounding of float32 factors (6e-8), far above that of a float64 decomposition.
 NOISE = 1e-12
 
-Choose = Callable[[Tensor], int]
+ChooseRank = Callable[[Tensor], int]
 SVD = tuple[Tensor, Tensor, Tensor]
 
 
@@ -32,7 +32,7 @@ class Fit(NamedTuple):
     error: float
 
 
-def chooser(operation: str, rank: int | None, energy: float | None) -> Choose:
+def rank_chooser(operation: str, rank: int | None, energy: float | None) -> ChooseRank:
     """A function from the squared norms `(components,)` of rank components, largest first, to the number kept.
 
     At most `rank`, or the fewest that keep the share `energy` of the sum; at least one, and none that stands for
@@ -81,7 +81,7 @@ def svd_of_product(left_mr: Tensor, right_rk: Tensor) -> SVD:
     return q_left @ u, s, vh @ q_right.mT
 
 
-def truncate(decomposed: SVD, step: int, choose: Choose) -> tuple[Tensor, Tensor, int, float]:
+def truncate(decomposed: SVD, step: int, choose: ChooseRank) -> tuple[Tensor, Tensor, int, float]:
     """The best approximation `left @ right` by rank components of `step` singular values each.
 
     By Eckart and Young (1936) no other of that rank is closer in the Frobenius norm. The root of a singular value goes

@@ -8,7 +8,7 @@ dimensions, and the other memory order of transposed convolutions is dealt with 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from convlora.errors import ConvLoRAError
-from convlora.truncate import SVD, Choose, Fit, svd, svd_of_product, truncate
 
 Shape = tuple[int, ...]
 
@@ -110,110 +109,7 @@ class Factorization(Protocol):
         """The factors with rank component i multiplied by `keep[i]`; `keep` is `(rank,)`."""
 
 
-class _TwoFactors:
-    """A starts random, B zero; ΔW is the matrix product `B @ A`, in an order of its own."""
-
-    inits: tuple[str, ...] = ("default", "gaussian")
-
-    def init_(self, factors: Mapping[str, Tensor], method: str) -> None:
-        a = factors["lora_A"]
-        if method == "gaussian":  # as in PEFT: standard deviation 1/rank
-            nn.init.normal_(a, std=1 / max(a.shape[0], 1))
-        else:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        nn.init.zeros_(factors["lora_B"])
-
-    def drop(self, factors: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-        b = factors["lora_B"]
-        per_component = keep.repeat_interleave(b.shape[1] // keep.shape[0])
-        return {**factors, "lora_B": b * per_component.view(1, -1, *[1] * (b.dim() - 2))}
-
-    def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: torch.cat([part[name] for part in parts], dim) for dim, name in enumerate(("lora_A", "lora_B"))}
-
-    def fit(self, delta: Tensor, spec: WeightSpec, choose: Choose) -> Fit:
-        rows = self.shapes(spec, 1)["lora_B"][0]
-        return self._fit(svd(delta.reshape(rows, -1)), spec, choose)
-
-    def shrink(self, factors: Mapping[str, Tensor], spec: WeightSpec, choose: Choose) -> Fit:
-        return self._fit(svd_of_product(factors["lora_B"].flatten(1), factors["lora_A"].flatten(1)), spec, choose)
-
-    def _fit(self, decomposed: SVD, spec: WeightSpec, choose: Choose) -> Fit:
-        left, right, rank, error = truncate(decomposed, self.shapes(spec, 1)["lora_A"][0], choose)
-        shapes = self.shapes(spec, rank)
-        return Fit({"lora_A": right.reshape(shapes["lora_A"]), "lora_B": left.reshape(shapes["lora_B"])}, rank, error)
-
-    def shapes(self, spec: WeightSpec, rank: int) -> dict[str, Shape]:
-        raise NotImplementedError
-
-
-class ConvLoRAFactors(_TwoFactors):
-    """The factorization of ConvLoRA (Aleem et al. 2024, arXiv 2402.04964) and of microsoft/LoRA's `ConvLoRA`.
-
-    `ΔW = (B @ A).view(W.shape)` with A `(r·k, in·k)` and B `(out//groups·k, r·k)` for a k×k kernel.
-    For other kernels the first half of the kernel dimensions (rounded down) goes to the rows, the rest to the
-    columns: with `k_row` and `k_col` their sizes, A is `(r·m, in·k_col)`, B is `(out//groups·k_row, r·m)`,
-    `m = min(k_row, k_col)`. So kh×kw kernels have `k_row = kh`, `k_col = kw`; 1d kernels 1 and k; k×k×k kernels
-    k and k². `Linear` and 1×1 convolutions are plain LoRA, A `(r, in)` and B `(out//groups, r)`.
-
-    Example:
-        >>> ConvLoRAFactors().shapes(WeightSpec((48, 16, 3, 3)), rank=4)
-        {'lora_A': (12, 48), 'lora_B': (144, 12)}
-    """
-
-    def shapes(self, spec: WeightSpec, rank: int) -> dict[str, Shape]:
-        half = len(spec.kernel) // 2
-        k_row, k_col = math.prod(spec.kernel[:half]), math.prod(spec.kernel[half:])
-        inner = rank * min(k_row, k_col)
-        return {
-            "lora_A": (inner, spec.in_channels * k_col),
-            "lora_B": (spec.out_channels // spec.groups * k_row, inner),
-        }
-
-    def delta(self, factors: Mapping[str, Tensor], spec: WeightSpec) -> Tensor:
-        return factors["lora_B"] @ factors["lora_A"]
-
-    def chain(self, factors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor] | None:
-        if math.prod(spec.kernel) > 1 or spec.groups > 1 or spec.transposed:
-            return None
-        return _with_kernel(factors, spec)
-
-
-class LoConFactors(_TwoFactors):
-    """The factorization of PEFT and LyCORIS (LoCon): a thin convolution, then a 1×1 convolution.
-
-    `ΔW[o] = Σ_r B[o, r] · A[r]` with A `(r, in/groups, *kernel)` and B `(out, r, 1…)`.
-    `Linear` and 1×1 convolutions are plain LoRA, A `(r, in/groups)` and B `(out, r)`.
-
-    Example:
-        >>> LoConFactors().shapes(WeightSpec((48, 16, 3, 3)), rank=4)
-        {'lora_A': (4, 16, 3, 3), 'lora_B': (48, 4, 1, 1)}
-    """
-
-    def shapes(self, spec: WeightSpec, rank: int) -> dict[str, Shape]:
-        kernel = spec.kernel if math.prod(spec.kernel) > 1 else ()
-        return {
-            "lora_A": (rank, spec.in_channels // spec.groups, *kernel),
-            "lora_B": (spec.out_channels, rank, *[1] * len(kernel)),
-        }
-
-    def delta(self, factors: Mapping[str, Tensor], spec: WeightSpec) -> Tensor:
-        return factors["lora_B"].flatten(1) @ factors["lora_A"].flatten(1)
-
-    def chain(self, factors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor] | None:
-        if spec.groups > 1 or spec.transposed:
-            return None
-        return _with_kernel(factors, spec)
-
-
-def _with_kernel(factors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor]:
-    """The factors as weights of layers of the spec's kind; those of pointwise convolutions have no kernel."""
-    a, b = factors["lora_A"], factors["lora_B"]
-    ones = [1] * (len(spec.kernel) + 2 - a.dim())
-    return a.view(*a.shape, *ones), b.view(*b.shape, *ones)
-
-
-_REGISTRY: dict[str, Factorization] = {"convlora": ConvLoRAFactors(), "locon": LoConFactors()}
+_REGISTRY: dict[str, Factorization] = {}  # the shipped ones are registered by the package
 
 # A factor's tensor becomes a parameter of the module that holds the factors: these names it has already.
 _RESERVED = frozenset(dir(nn.Module())) | {
@@ -229,6 +125,7 @@ def register_factors(name: str, factorization: Factorization | type[Factorizatio
         ConvLoRAError: the name is taken, or a trial on a small weight fails; nothing is registered then.
 
     Example:
+        >>> from convlora.factors.locon import LoConFactors
         >>> register_factors("doc-locon-too", LoConFactors)
         >>> "doc-locon-too" in known_factors()
         True

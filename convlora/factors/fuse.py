@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def fuse(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
+def fuse_weight(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
     """`W + Σ ΔWᵢ`, summed in float32 (float64 for a float64 weight) and rounded once to the dtype of W.
 
     Shapes: all as the weight. The memory format is the weight's, so that the layer picks the same kernels.
@@ -27,7 +27,7 @@ def fuse(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
     return total.to(weight.dtype)
 
 
-def fuse_exactly(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
+def fuse_weight_exactly(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
     """`W + Σ ΔWᵢ` of float64 updates, summed in float64: the nearest value of W's dtype.
 
     Shapes: all as the weight.
@@ -39,10 +39,10 @@ def fuse_exactly(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
     total = weight.double()
     for update in updates:
         total = total + update
-    return nearest(total, weight.dtype)
+    return rounded_once(total, weight.dtype)
 
 
-def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 values rounded once to a narrower dtype, ties to even.
 
     `.to` rounds twice on the way to 16 bits, first to float32. Rounding to odd there keeps the second one right
