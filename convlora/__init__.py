@@ -12,7 +12,7 @@ from convlora import card as card
 from convlora import distill as distill
 from convlora import formats as formats
 from convlora import hub as hub
-from convlora.adapter import Adapter as Adapter
+from convlora.adapter.adapter import Adapter as Adapter
 from convlora.allocate import allocate_ranks as allocate_ranks
 from convlora.config import AdapterConfig as AdapterConfig
 from convlora.errors import ConvLoRAError as ConvLoRAError

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from convlora.adapter import Adapter
+from convlora.adapter.adapter import Adapter
 from convlora.errors import ConvLoRAError
 from convlora.support.atomic import write_atomically
 

@@ -18,7 +18,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from convlora.adapter import key
+from convlora.adapter.parts import tensor_key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.support.atomic import write_atomically
 from convlora.support.safetensors import tensor_bytes
@@ -101,7 +101,7 @@ class Checkpoint:
             ConvLoRAError: the checkpoint has the layers under several prefixes.
         """
         names = set(_inside(self.content, self.where))
-        weights = [key(path, "weight") for path in layers]
+        weights = [tensor_key(path, "weight") for path in layers]
         if all(self.prefix + weight in names for weight in weights):
             return self
         ends = [name.removesuffix(weights[0]) for name in names if f".{name}".endswith(f".{weights[0]}")]

@@ -10,10 +10,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from convlora.adapter import Adapter, LayerFactors
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.parts import LayerFactors
+from convlora.adapter.parts import base_fingerprint as fingerprint_of
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
-from convlora.formats.native import fingerprint as fingerprint_of
 from convlora.layer import Adapted, peek, slot_of, weight_spec, why_not
 from convlora.lowrank import LowRank
 from convlora.model import Placement, check_injectable, place

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from convlora.adapter import key
+from convlora.adapter.parts import tensor_key
 from convlora.config import LARGEST, is_number
 from convlora.errors import ConvLoRAError
 from convlora.factors.fuse import is_finite
@@ -165,7 +165,9 @@ def _merge(root: nn.Module, strengths: Mapping[str, float] | None, check_finite:
             with still(layer):
                 values = {kind: getattr(layer, kind) for kind in ("weight", "bias")}
             bad += [
-                f"'{key(path, k)}'" for k, v in values.items() if check_finite and v is not None and not is_finite(v)
+                f"'{tensor_key(path, k)}'"
+                for k, v in values.items()
+                if check_finite and v is not None and not is_finite(v)
             ]
         if bad:
             raise ConvLoRAError(

@@ -10,7 +10,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
-from convlora.layer import Adapted, is_stacked, slot_of
+from convlora.factors.base import WeightSpec
+from convlora.layer import Adapted, is_stacked, slot_of, weight_spec, why_not
 from convlora.sharded import is_managed, is_sharded
 from convlora.slot import Slot
 
@@ -135,3 +136,14 @@ def refuse_stacked(root: nn.Module, operation: str) -> None:
                 f"{operation}: '{path}' was parametrized after inject ({type(layer).__name__});"
                 " remove that parametrization first"
             )
+
+
+def specs_of(model: nn.Module) -> dict[str, WeightSpec]:
+    """Layer path -> weight, for every layer that can be adapted, each once, in model order.
+
+    Example:
+        >>> specs_of(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU()))
+        {'0': WeightSpec(shape=(8, 2, 3, 3), groups=2, transposed=False)}
+    """
+    named = unwrap(model, "specs_of").named_modules()
+    return {path: weight_spec(layer) for path, layer in named if why_not(layer) is None}

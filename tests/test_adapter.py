@@ -11,7 +11,8 @@ from oracle import FACTORS, NET_LAYERS, adapted_net, delta, net
 from torch import nn
 
 import convlora
-from convlora.adapter import Adapter, LayerFactors
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.parts import LayerFactors
 from convlora.factors.base import WeightSpec
 from convlora.layer import slot_of
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import convlora
 from convlora import Adapter, AdapterConfig
-from convlora.adapter import LayerFactors
+from convlora.adapter.parts import LayerFactors
 from convlora.factors.base import WeightSpec, get_factors, register_factors
 
 SPECS = {

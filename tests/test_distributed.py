@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import convlora
 from convlora import forms
-from convlora.formats import native
+from convlora.adapter import file as adapter_file
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning"),
@@ -82,13 +82,13 @@ def _of_each(rank: int, folder: str) -> dict[str, Any]:
 
 def _written(folder: str) -> list[tuple[str, bool]]:
     """The files that this process writes, and for all saves of sharded models whether the file is there at once."""
-    written, original = [], native.write_atomically
+    written, original = [], adapter_file.write_atomically
 
     def write(path: str, data: bytes) -> None:
         original(path, data)
         written.append(Path(path).stem)
 
-    native.write_atomically = write
+    adapter_file.write_atomically = write
     model, x = made("net")
     convlora.save(nn.parallel.DistributedDataParallel(model), f"{folder}/ddp.safetensors")
     for sharding in SHARDINGS:
@@ -98,7 +98,7 @@ def _written(folder: str) -> list[tuple[str, bool]]:
             convlora.save(model, f"{folder}/{sharding}-{state}.safetensors")
             assert Path(f"{folder}/{sharding}-{state}.safetensors").exists()
             model(x)  # without a backward the root's parameters stay gathered
-    native.write_atomically = original
+    adapter_file.write_atomically = original
     return written
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import convlora
 from convlora import ConvLoRAError, formats
-from convlora.adapter import BIAS
+from convlora.adapter.parts import BIAS_DELTA
 from convlora.formats import peft as peft_format
 from convlora.formats.patterns import Patterns
 
@@ -270,7 +270,7 @@ def test_bias_deltas_give_their_output_in_peft_and_come_back(tmp_path: Path, pef
         expected = nets.output(base, adapter, x)
         assert distance(from_pretrained(peft, copy.deepcopy(base), tmp_path).eval()(x), expected) < 1e-6
     again = formats.read(tmp_path)
-    assert BIAS not in again.layers["body.point"].tensors
+    assert BIAS_DELTA not in again.layers["body.point"].tensors
     assert distance(nets.output(base, again, x), expected) < 1e-6
 
 

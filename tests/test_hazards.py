@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import convlora
-from convlora.formats.native import checksum
+from convlora.adapter.file import checksum
 from convlora.lowrank import LowRank
 from convlora.slot import Slot
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convlora
-from convlora.formats import native
+from convlora.adapter.file import checksum
 from convlora.layer import raw, weight_spec
 
 both = pytest.mark.parametrize("factors", FACTORS)
@@ -388,7 +388,7 @@ def test_nan_factors_with_a_right_checksum_are_an_error(tmp_path: Path) -> None:
     tensors["0.lora_B"][3, 1] = math.nan
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    metadata["checksum"] = native.checksum(tensors, metadata)
+    metadata["checksum"] = checksum(tensors, metadata)
     save_file(tensors, path, metadata)
     refuse(base, path, r"non-finite: 0\.lora_B")
 

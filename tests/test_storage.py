@@ -152,7 +152,7 @@ def test_the_fingerprint_does_not_see_adapters_or_other_layers(saved: Saved) -> 
 
 def rewrite(path: Path, edit: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> None:
     """Edit a file as somebody who knows the format, checksum included."""
-    from convlora.formats.native import checksum
+    from convlora.adapter.file import checksum
 
     with safe_open(path, "pt") as file:
         metadata = dict(file.metadata())

@@ -17,7 +17,7 @@ from torch import nn
 
 import convlora
 from convlora import Adapter, ConvLoRAError, formats
-from convlora.formats import native
+from convlora.adapter import file as adapter_file
 from convlora.support.safetensors import read_regular_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -287,7 +287,7 @@ def test_a_file_is_read_once_though_another_process_replaces_it(
         place.write_bytes(second["rain.safetensors"])
         return raw
 
-    monkeypatch.setattr(native, "contents", read_then_replaced)
+    monkeypatch.setattr(adapter_file, "read_regular_file", read_then_replaced)
     found = Adapter.read(place)
     for path, layer in expected.layers.items():
         assert all(torch.equal(found.layers[path].tensors[name], tensor) for name, tensor in layer.tensors.items())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import convlora
 from benchmarks.trust.mutate import Files, Packed
 from convlora import Adapter, formats
-from convlora.formats.native import checksum
+from convlora.adapter.file import checksum
 
 PLAIN = ["stem", "body.0", "head"]  # layers that every format holds
 ALPHA = 3.0

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convlora.adapter import Adapter, LayerFactors
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.parts import LayerFactors
 from convlora.factors.base import WeightSpec
 from convlora.formats import specs_from_checkpoint, specs_of
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from convlora import formats
-from convlora.adapter import Adapter, key
-from convlora.checkpoint import misfits
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.checkpoint import state_dict_misfits
+from convlora.adapter.parts import base_fingerprint, tensor_key
 from convlora.cli.architecture import layers_of, renamed
 from convlora.errors import ConvLoRAError
 from convlora.files import Checkpoint
-from convlora.formats.native import fingerprint
 from convlora.targets import nearest
 
 OTHER_BASE = "'{}' was trained on another base of the same shapes, or on another precision of it"
@@ -45,8 +45,8 @@ def place(adapter: Adapter, state: Mapping[str, Any], file: Path, base: Path, co
     Raises:
         ConvLoRAError: it does not fit; all that is missing or mismatched is listed.
     """
-    placed = renamed(adapter, state) if misfits(adapter, state) else adapter
-    problems = misfits(placed, state)
+    placed = renamed(adapter, state) if state_dict_misfits(adapter, state) else adapter
+    problems = state_dict_misfits(placed, state)
     if problems:
         remedy = f"; {nearest(problems.missing[0], state)}" if problems.missing else ""
         raise ConvLoRAError(f"{command}: '{file}' does not fit '{base}': {problems}{remedy}")
@@ -57,9 +57,9 @@ def same_base(adapter: Adapter, placed: Adapter, state: Mapping[str, Any]) -> bo
     """Whether the checkpoint is the base that was adapted, as stored or read in float32; None if the file tells not."""
     if adapter.fingerprint is None:
         return None
-    weights = {was: state[key(now, "weight")] for was, now in zip(adapter.layers, placed.layers, strict=True)}
+    weights = {was: state[tensor_key(now, "weight")] for was, now in zip(adapter.layers, placed.layers, strict=True)}
     read = {path: weight.to(torch.float32) for path, weight in weights.items()}
-    return adapter.fingerprint in (fingerprint(weights), fingerprint(read))
+    return adapter.fingerprint in (base_fingerprint(weights), base_fingerprint(read))
 
 
 def per_adapter(values: Sequence[float], adapters: Sequence[Path], command: str, option: str) -> list[float]:

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from convlora import formats
-from convlora.adapter import BIAS, Adapter, LayerFactors
-from convlora.algebra import dense
-from convlora.checkpoint import apply
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.algebra import dense_delta
+from convlora.adapter.checkpoint import apply_adapters
+from convlora.adapter.parts import BIAS_DELTA, LayerFactors
 from convlora.cli.architecture import recognise
 from convlora.cli.console import emit, progress
 from convlora.cli.inputs import OTHER_BASE, place, read_adapter, read_base, same_base, size
@@ -223,7 +224,7 @@ def _against(adapter: Adapter, file: Path, checkpoint: Checkpoint, base: Path) -
     try:
         placed = place(adapter, state, file, base, "verify")
         with progress("merging"):
-            apply([(placed, 1.0)], state)
+            apply_adapters([(placed, 1.0)], state)
     except ConvLoRAError as error:
         return {"fits": {"ok": False, "what": _cause(error)}}
     same = same_base(adapter, placed, state)
@@ -248,17 +249,19 @@ def _describe(config: AdapterConfig, layer: LayerFactors) -> dict[str, Any]:
         "alpha": layer.alpha,
         "scale": config.scale(layer.rank, layer.alpha),
         "parameters": sum(t.numel() for t in layer.tensors.values()),
-        "norm": float(dense(config, layer).norm()),
-        "bias_norm": float(layer.tensors[BIAS].double().norm()) if BIAS in layer.tensors else None,
+        "norm": float(dense_delta(config, layer).norm()),
+        "bias_norm": float(layer.tensors[BIAS_DELTA].double().norm()) if BIAS_DELTA in layer.tensors else None,
         "aliases": list(layer.aliases),
     }
 
 
 def _compare(config: AdapterConfig, ours: LayerFactors, other: AdapterConfig, theirs: LayerFactors) -> dict[str, Any]:
-    one, two = dense(config, ours), dense(other, theirs)
+    one, two = dense_delta(config, ours), dense_delta(other, theirs)
     distance = {"weight": _distance(one, two)}
-    if BIAS in ours.tensors or BIAS in theirs.tensors:
-        biases = [layer.tensors[BIAS].double() if BIAS in layer.tensors else None for layer in (ours, theirs)]
+    if BIAS_DELTA in ours.tensors or BIAS_DELTA in theirs.tensors:
+        biases = [
+            layer.tensors[BIAS_DELTA].double() if BIAS_DELTA in layer.tensors else None for layer in (ours, theirs)
+        ]
         known = next(bias for bias in biases if bias is not None)
         distance["bias"] = _distance(*(known.new_zeros(known.shape) if bias is None else bias for bias in biases))
     return {"rank": [ours.rank, theirs.rank], "norm": [float(one.norm()), float(two.norm())], "distance": distance}

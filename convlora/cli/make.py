@@ -11,8 +11,8 @@ import torch
 import typer
 
 from convlora import formats
-from convlora.adapter import Adapter
-from convlora.checkpoint import apply
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.checkpoint import apply_adapters
 from convlora.cli.architecture import layers_of
 from convlora.cli.console import emit, progress
 from convlora.cli.inputs import (
@@ -65,7 +65,7 @@ def merge(
     state = checkpoint.state
     placed = [place(adapter, state, file, base, "merge") for adapter, file in zip(loaded, adapters, strict=True)]
     with progress("merging"):
-        merged = apply(list(zip(placed, strengths, strict=True)), state)
+        merged = apply_adapters(list(zip(placed, strengths, strict=True)), state)
     same = [same_base(adapter, there, state) for adapter, there in zip(loaded, placed, strict=True)]
     for file, verdict in zip(adapters, same, strict=True):
         if verdict is False:

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlora.adapter import BIAS, Adapter, LayerFactors
-from convlora.algebra import assemble
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.algebra import assemble
+from convlora.adapter.parts import BIAS_DELTA, LayerFactors
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems, one_line
 from convlora.factors.base import WeightSpec
@@ -39,7 +40,7 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 PREFIX = "base_model.model."
 
 _KEY = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))??\.(?P<kind>weight|bias)")
-_NAMES = {("A", "weight"): "lora_A", ("B", "weight"): "lora_B", ("B", "bias"): BIAS}
+_NAMES = {("A", "weight"): "lora_A", ("B", "weight"): "lora_B", ("B", "bias"): BIAS_DELTA}
 
 # What a config may switch on that an update W + s·B·A of a layer's weight does not express.
 _REFUSED = {
@@ -92,7 +93,7 @@ def read(path: str | os.PathLike[str]) -> Adapter:
             continue
         layers[layer] = _layer(layer, own, rank, alpha, config.scale(rank, alpha))
     problems.raise_if_any("PEFT")
-    return assemble(config, layers)
+    return assemble(Adapter, config, layers)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -163,8 +164,10 @@ def _layer(path: str, own: Mapping[str, Tensor], rank: int, alpha: float, scale:
     tensors = {"lora_A": a, "lora_B": b}
     if a[0, 0].numel() == 1:
         tensors = {name: tensor.flatten(1) for name, tensor in tensors.items()}
-    if BIAS in own and bool(own[BIAS].ne(0).any()):  # PEFT has one for all layers or none, zero where there is no bias
-        tensors[BIAS] = (own[BIAS].double() * scale).to(own[BIAS].dtype)
+    if BIAS_DELTA in own and bool(
+        own[BIAS_DELTA].ne(0).any()
+    ):  # PEFT has one for all layers or none, zero where there is no bias
+        tensors[BIAS_DELTA] = (own[BIAS_DELTA].double() * scale).to(own[BIAS_DELTA].dtype)
     return LayerFactors(tensors, WeightSpec((b.shape[0], *a.shape[1:])), rank, alpha)
 
 
@@ -172,7 +175,7 @@ def write(adapter: Adapter, path: str | os.PathLike[str], prefix: str | None) ->
     """Write a PEFT directory; see `convlora.formats.write`."""
     adapter = adapter.refactor("locon")
     _check(adapter)
-    with_bias = any(BIAS in layer.tensors for layer in adapter.layers.values())
+    with_bias = any(BIAS_DELTA in layer.tensors for layer in adapter.layers.values())
     tensors = {}
     for layer_path, layer in adapter.layers.items():
         stem = f"{PREFIX if prefix is None else prefix}{layer_path}"
@@ -196,16 +199,16 @@ def _check(adapter: Adapter) -> None:
             reason = f"is one module with {', '.join(map(repr, layer.aliases))}: PEFT adapts only the first of them"
         elif not path:
             reason = "is the model itself, which PEFT cannot adapt"
-        elif BIAS in layer.tensors and layer.alpha == 0 and bool(layer.tensors[BIAS].ne(0).any()):
+        elif BIAS_DELTA in layer.tensors and layer.alpha == 0 and bool(layer.tensors[BIAS_DELTA].ne(0).any()):
             reason = "has a bias delta and alpha 0: PEFT scales the bias, too"
         if reason:
             raise ConvLoRAError(f"write: no PEFT adapter holds this one: '{path}' {reason}")
 
 
 def _bias(layer: LayerFactors, scale: float) -> Tensor:
-    if BIAS not in layer.tensors or layer.alpha == 0:
+    if BIAS_DELTA not in layer.tensors or layer.alpha == 0:
         return torch.zeros(layer.spec.out_channels, dtype=layer.tensors["lora_B"].dtype)
-    bias = layer.tensors[BIAS]
+    bias = layer.tensors[BIAS_DELTA]
     return (bias.double() / scale).to(bias.dtype)
 
 

@@ -4,41 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convlora.config import AdapterConfig, is_number
-from convlora.errors import ConvLoRAError, Problems
-from convlora.factors.base import WeightSpec, get_factors
-from convlora.factors.fuse import is_finite
-
-BIAS = "lora_bias"
-
-
-@dataclass(frozen=True)
-class LayerFactors:
-    """The factors of one layer.
-
-    Args:
-        tensors: tensor name (`lora_A`, `lora_B`, …) -> values; `lora_bias` `(out,)` where a bias delta was trained.
-        spec: the weight that they update.
-        rank: number of rank components.
-        alpha: numerator of the scale.
-        aliases: further paths of the same module, for a module that the model holds at several places.
-    """
-
-    tensors: Mapping[str, Tensor]
-    spec: WeightSpec
-    rank: int
-    alpha: float
-    aliases: tuple[str, ...] = ()
+from convlora.adapter import algebra
+from convlora.adapter.checkpoint import apply_adapters, extract_adapter
+from convlora.adapter.file import read_adapter, write_adapter
+from convlora.adapter.parts import AdapterParts, LayerFactors, layer_delta
+from convlora.errors import ConvLoRAError
+from convlora.factors.base import WeightSpec
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
+class Adapter(AdapterParts):
     """The factors of one adapter as a value: no model, no architecture needed.
 
     Args:
@@ -60,35 +41,6 @@ class Adapter:
         (['0'], (8, 3, 3, 3))
     """
 
-    config: AdapterConfig
-    layers: Mapping[str, LayerFactors]
-    fingerprint: str | None = None
-    errors: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        problems = Problems()
-        factorization = get_factors(self.config.factors)
-        if not self.layers:
-            raise ConvLoRAError("Adapter: it has no layer")
-        if self.config.init not in factorization.inits:
-            raise ConvLoRAError(f"Adapter: {self.config.factors!r} has no init {self.config.init!r}")
-        for path, layer in self.layers.items():
-            if type(layer.rank) is not int or layer.rank < 1 or not is_number(layer.alpha):
-                raise ConvLoRAError(f"Adapter: {path!r} has rank {layer.rank!r}, alpha {layer.alpha!r}")
-            shapes = factorization.shapes(layer.spec, layer.rank)
-            problems.missing += [key(path, name) for name in shapes if name not in layer.tensors]
-            for name, tensor in layer.tensors.items():
-                shape = (layer.spec.out_channels,) if name == BIAS else shapes.get(name)
-                if shape is None:
-                    problems.unexpected.append(key(path, name))
-                elif tuple(tensor.shape) != shape:
-                    problems.mismatched.append(f"{key(path, name)} {tuple(tensor.shape)} instead of {shape}")
-                elif not tensor.is_floating_point():
-                    problems.mismatched.append(f"{key(path, name)} {tensor.dtype} instead of floating point")
-                elif not is_finite(tensor.to(torch.float32)):
-                    problems.non_finite.append(key(path, name))
-        problems.raise_if_any("Adapter")
-
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Adapter:
         """Read an adapter file; never unpickles.
@@ -105,9 +57,7 @@ class Adapter:
             ...     Adapter.read(f"{folder}/rain.safetensors").config.rank
             2
         """
-        from convlora.formats import native  # the formats build on this file
-
-        return native.read(path)
+        return read_adapter(cls, path)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write an adapter file, atomically: a crash leaves the old file or the new one.
@@ -121,9 +71,7 @@ class Adapter:
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     convlora.adapter(model).to(torch.float16).write(f"{folder}/rain.safetensors")
         """
-        from convlora.formats import native
-
-        native.write(self, path)
+        write_adapter(self, path)
 
     def to(self, dtype: torch.dtype) -> Adapter:
         """The adapter with its tensors in another floating dtype.
@@ -167,7 +115,7 @@ class Adapter:
         if layer not in self.layers:
             known = ", ".join(repr(path) for path in self.layers)
             raise ConvLoRAError(f"Adapter.delta: no layer {layer!r}; the adapter has {known}")
-        return update(self.config, self.layers[layer], 1.0)
+        return layer_delta(self.config, self.layers[layer], 1.0)
 
     def apply_to(self, state_dict: Mapping[str, Any], strength: float = 1.0, *, exact: bool = False) -> dict[str, Any]:
         """A checkpoint with the adapter merged in: key order, dtypes and all other entries stay.
@@ -186,9 +134,7 @@ class Adapter:
             >>> list(merged)
             ['0.weight', '0.bias']
         """
-        from convlora.checkpoint import apply
-
-        return apply([(self, strength)], state_dict, exact)
+        return apply_adapters([(self, strength)], state_dict, exact)
 
     # --- algebra: each gives a new adapter; the mathematics is in algebra.py and checkpoint.py
 
@@ -209,7 +155,6 @@ class Adapter:
             >>> Adapter.combine([rain, snow], weights=[0.7, 0.3]).layers["0"].rank
             4
         """
-        from convlora import algebra
 
         return algebra.combine(adapters, weights)
 
@@ -232,7 +177,6 @@ class Adapter:
             >>> small.config.rank, small.errors  # B starts at zero: nothing is lost
             (1, {'0': 0.0})
         """
-        from convlora import algebra
 
         return algebra.resize(self, rank, energy)
 
@@ -252,7 +196,6 @@ class Adapter:
             >>> convlora.adapter(model).refactor("locon").config.factors
             'locon'
         """
-        from convlora import algebra
 
         return algebra.refactor(self, factors, rank, energy)
 
@@ -288,28 +231,4 @@ class Adapter:
             >>> adapter.errors["conv"] ** 2 <= 0.1
             True
         """
-        from convlora.checkpoint import extract
-
-        return extract(base_state_dict, tuned_state_dict, rank, energy, factors, name, specs)
-
-
-def update(config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False) -> Tensor:
-    """ΔW of a layer with its scale and a strength, in the computation and the order of an adapted layer."""
-    factors = {name: t.double() if exact else wide(t) for name, t in layer.tensors.items()}
-    delta = layer.spec.from_convolution(get_factors(config.factors).delta(factors, layer.spec))
-    return delta * (strength * config.scale(layer.rank, layer.alpha))
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """float32, or float64 as it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
-
-
-def key(path: str, name: str) -> str:
-    """`<layer path>.<name>`; the model itself has the empty path.
-
-    Example:
-        >>> key("body.0", "lora_A"), key("", "weight")
-        ('body.0.lora_A', 'weight')
-    """
-    return f"{path}.{name}" if path else name
+        return extract_adapter(Adapter, base_state_dict, tuned_state_dict, rank, energy, factors, name, specs)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from convlora.adapter import BIAS, Adapter, LayerFactors
+from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors.base import Factorization, WeightSpec, get_factors
@@ -23,6 +23,7 @@ from convlora.factors.svd import ChooseRank, Fit, rank_chooser
 from convlora.support.progress import counted_steps
 
 T = TypeVar("T")
+A = TypeVar("A", bound=AdapterParts)
 
 
 class Algebraic(Protocol):
@@ -41,7 +42,7 @@ class Algebraic(Protocol):
         """`fit` to the update of other factors, without forming it; where it is missing, `fit` is used."""
 
 
-def algebraic(name: str, method: str, operation: str) -> Any:
+def factorization_with(name: str, method: str, operation: str) -> Any:
     """A factorization that has a method of `Algebraic`.
 
     Raises:
@@ -54,13 +55,14 @@ def algebraic(name: str, method: str, operation: str) -> Any:
 
 
 def assemble(
+    make: type[A],
     config: AdapterConfig,
     layers: Mapping[str, LayerFactors],
     *,
     fingerprint: str | None = None,
     errors: Mapping[str, float] | None = None,
-) -> Adapter:
-    """An adapter whose config says exactly what its layers are: targets, ranks, alphas and bias follow from them."""
+) -> A:
+    """An adapter of the class `make`, its config made from its layers: targets, ranks, alphas and bias."""
     if not layers:
         raise ConvLoRAError("Adapter: it has no layer")
     exact = {path: f"re:{re.escape(path)}" for path in layers}
@@ -76,19 +78,19 @@ def assemble(
         ranks={exact[p]: layer.rank for p, layer in layers.items() if layer.rank != rank},
         alphas={exact[p]: layer.alpha for p, layer in layers.items() if alpha is not None and layer.alpha != alpha},
         init=config.init if config.init in get_factors(config.factors).inits else "default",
-        bias=any(BIAS in layer.tensors for layer in layers.values()),
+        bias=any(BIAS_DELTA in layer.tensors for layer in layers.values()),
     )
-    return Adapter(stated, dict(layers), fingerprint, dict(errors or {}))
+    return make(stated, dict(layers), fingerprint, dict(errors or {}))
 
 
 def _commonest(values: Sequence[T]) -> T:
     return Counter(values).most_common(1)[0][0]
 
 
-def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+def combine(adapters: Sequence[A], weights: Sequence[float]) -> A:
     """See `Adapter.combine`."""
     adapters, weights = list(adapters), list(weights)
-    if not adapters or not all(isinstance(adapter, Adapter) for adapter in adapters):
+    if not adapters or not all(isinstance(adapter, AdapterParts) for adapter in adapters):
         raise ConvLoRAError("Adapter.combine: give a list of one or more adapters")
     if len(weights) != len(adapters) or not all(map(is_number, weights)):
         raise ConvLoRAError(f"Adapter.combine: weights (={weights}) must be {len(adapters)} finite numbers")
@@ -98,7 +100,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
             f"Adapter.combine: the factorizations differ ({', '.join(kinds)}); "
             f"bring all to one first: adapter.refactor({kinds[0]!r})"
         )
-    factorization = algebraic(kinds[0], "join", "Adapter.combine")
+    factorization = factorization_with(kinds[0], "join", "Adapter.combine")
     layers = {
         path: _sum(factorization, [(adapters[i].config, layer, weights[i]) for i, layer in summands.items()])
         for path, summands in _by_layer(adapters).items()
@@ -106,11 +108,14 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     first = adapters[0]
     same_base = all(a.fingerprint == first.fingerprint and set(a.layers) == set(first.layers) for a in adapters)
     return assemble(
-        first.config.replace(rank_scaling="linear"), layers, fingerprint=first.fingerprint if same_base else None
+        type(first),
+        first.config.replace(rank_scaling="linear"),
+        layers,
+        fingerprint=first.fingerprint if same_base else None,
     )
 
 
-def _by_layer(adapters: Sequence[Adapter]) -> dict[str, dict[int, LayerFactors]]:
+def _by_layer(adapters: Sequence[AdapterParts]) -> dict[str, dict[int, LayerFactors]]:
     """Layer path -> number of the adapter -> its factors there; a module of several paths is one layer."""
     problems = Problems()
     first_name: dict[str, str] = {}
@@ -137,20 +142,20 @@ def _sum(factorization: Any, summands: Sequence[tuple[AdapterConfig, LayerFactor
     parts, biases, aliases = [], [], {}
     dtype = _dtype(*(layer for _, layer, _ in summands))
     for config, layer, weight in summands:
-        parts.append(scaled(factorization, layer, weight * config.scale(layer.rank, layer.alpha)))
-        if BIAS in layer.tensors:
-            biases.append(layer.tensors[BIAS].double() * weight)
+        parts.append(scaled_factors(factorization, layer, weight * config.scale(layer.rank, layer.alpha)))
+        if BIAS_DELTA in layer.tensors:
+            biases.append(layer.tensors[BIAS_DELTA].double() * weight)
         aliases.update(dict.fromkeys(layer.aliases))
     tensors = factorization.join(parts)
     if biases:
-        tensors[BIAS] = torch.stack(biases).sum(0)
+        tensors[BIAS_DELTA] = torch.stack(biases).sum(0)
     rank = sum(layer.rank for _, layer, _ in summands)
     return LayerFactors(
         {n: t.to(dtype) for n, t in tensors.items()}, summands[0][1].spec, rank, float(rank), tuple(aliases)
     )
 
 
-def resize(adapter: Adapter, rank: int | None, energy: float | None) -> Adapter:
+def resize(adapter: A, rank: int | None, energy: float | None) -> A:
     """See `Adapter.resize`."""
     choose = rank_chooser("Adapter.resize", rank, energy)
     layers, errors = {}, {}
@@ -161,27 +166,27 @@ def resize(adapter: Adapter, rank: int | None, energy: float | None) -> Adapter:
             fit = _shrink(adapter.config, layer, choose)
             if fit.rank < layer.rank:
                 layers[path], errors[path] = fitted(fit, adapter.config, layer), fit.error
-    return assemble(adapter.config, layers, fingerprint=adapter.fingerprint, errors=errors)
+    return assemble(type(adapter), adapter.config, layers, fingerprint=adapter.fingerprint, errors=errors)
 
 
 def _shrink(config: AdapterConfig, layer: LayerFactors, choose: ChooseRank) -> Fit:
     factorization = get_factors(config.factors)
     if not hasattr(factorization, "shrink"):
-        factorization = algebraic(config.factors, "fit", "Adapter.resize")
-        fit: Fit = factorization.fit(dense(config, layer), layer.spec, choose)
+        factorization = factorization_with(config.factors, "fit", "Adapter.resize")
+        fit: Fit = factorization.fit(dense_delta(config, layer), layer.spec, choose)
         return fit
-    factors = scaled(factorization, layer, config.scale(layer.rank, layer.alpha))
+    factors = scaled_factors(factorization, layer, config.scale(layer.rank, layer.alpha))
     shrunk: Fit = factorization.shrink(factors, layer.spec, choose)
     return shrunk
 
 
-def refactor(adapter: Adapter, factors: str, rank: int | None, energy: float | None) -> Adapter:
+def refactor(adapter: A, factors: str, rank: int | None, energy: float | None) -> A:
     """See `Adapter.refactor`."""
     limited = rank is not None or energy is not None
     choose = rank_chooser("Adapter.refactor", rank, energy if limited else 1.0)
-    target = algebraic(factors, "fit", "Adapter.refactor")
+    target = factorization_with(factors, "fit", "Adapter.refactor")
     if factors == adapter.config.factors:
-        return adapter.resize(rank=rank, energy=energy) if limited else adapter
+        return resize(adapter, rank, energy) if limited else adapter
     config = adapter.config.replace(factors=factors, init="default")
     layers, errors = {}, {}
     for path, layer in counted_steps(adapter.layers.items()):
@@ -194,9 +199,9 @@ def refactor(adapter: Adapter, factors: str, rank: int | None, energy: float | N
             if fit.rank >= layer.rank:
                 continue
         else:
-            fit = target.fit(dense(adapter.config, layer), layer.spec, choose)
+            fit = target.fit(dense_delta(adapter.config, layer), layer.spec, choose)
         layers[path], errors[path] = fitted(fit, config, layer), fit.error
-    return assemble(config, layers, fingerprint=adapter.fingerprint, errors=errors)
+    return assemble(type(adapter), config, layers, fingerprint=adapter.fingerprint, errors=errors)
 
 
 def _means_the_same(source: Factorization, target: Factorization, layer: LayerFactors) -> bool:
@@ -208,17 +213,17 @@ def _means_the_same(source: Factorization, target: Factorization, layer: LayerFa
     return torch.equal(source.delta(tensors, layer.spec).flatten(), target.delta(tensors, layer.spec).flatten())
 
 
-def dense(config: AdapterConfig, layer: LayerFactors) -> Tensor:
+def dense_delta(config: AdapterConfig, layer: LayerFactors) -> Tensor:
     """ΔW with its scale, float64, `(out, in/groups, *kernel)`."""
     spec = layer.spec
-    factors = {name: tensor.double() for name, tensor in layer.tensors.items() if name != BIAS}
+    factors = {name: tensor.double() for name, tensor in layer.tensors.items() if name != BIAS_DELTA}
     delta = get_factors(config.factors).delta(factors, spec) * config.scale(layer.rank, layer.alpha)
     return delta.reshape(spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
 
 
-def scaled(factorization: Factorization, layer: LayerFactors, gain: float) -> dict[str, Tensor]:
+def scaled_factors(factorization: Factorization, layer: LayerFactors, gain: float) -> dict[str, Tensor]:
     """The factors of `gain` times the update, float64."""
-    factors = {name: tensor.double() for name, tensor in layer.tensors.items() if name != BIAS}
+    factors = {name: tensor.double() for name, tensor in layer.tensors.items() if name != BIAS_DELTA}
     keep = torch.full((layer.rank,), gain, dtype=torch.float64)
     return factorization.drop(factors, keep)
 
@@ -226,17 +231,17 @@ def scaled(factorization: Factorization, layer: LayerFactors, gain: float) -> di
 def fitted(fit: Fit, config: AdapterConfig, layer: LayerFactors) -> LayerFactors:
     """A layer with other factors, of scale 1; all else stays."""
     tensors = {name: tensor.to(_dtype(layer)) for name, tensor in fit.factors.items()}
-    if BIAS in layer.tensors:
-        tensors[BIAS] = layer.tensors[BIAS].to(_dtype(layer))
-    return LayerFactors(tensors, layer.spec, fit.rank, unit_alpha(config, fit.rank), layer.aliases)
+    if BIAS_DELTA in layer.tensors:
+        tensors[BIAS_DELTA] = layer.tensors[BIAS_DELTA].to(_dtype(layer))
+    return LayerFactors(tensors, layer.spec, fit.rank, alpha_of_scale_one(config, fit.rank), layer.aliases)
 
 
-def unit_alpha(config: AdapterConfig, rank: int) -> float:
+def alpha_of_scale_one(config: AdapterConfig, rank: int) -> float:
     """The alpha of scale 1."""
     return float(rank) if config.rank_scaling == "linear" else math.sqrt(rank)
 
 
-def linear_scaling(adapter: Adapter) -> dict[str, LayerFactors]:
+def with_linear_scaling(adapter: AdapterParts) -> dict[str, LayerFactors]:
     """The layers with alphas for which the scale is `alpha / rank`, whatever the adapter's `rank_scaling`."""
     if adapter.config.rank_scaling == "linear":
         return dict(adapter.layers)

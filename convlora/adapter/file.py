@@ -15,14 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from convlora.adapter import Adapter, LayerFactors, key
+from convlora.adapter.parts import AdapterParts, LayerFactors, tensor_key
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError, one_line
 from convlora.factors.base import WeightSpec
@@ -31,13 +30,14 @@ from convlora.support.jsontext import parse_json
 from convlora.support.safetensors import from_safetensors, read_regular_file, tensor_bytes, to_safetensors
 
 FORMAT, VERSION = "convlora", 1
+A = TypeVar("A", bound=AdapterParts)
 OTHERS = "convlora.formats.read reads those of PEFT, LoCon and loralib"
 
 
-def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+def write_adapter(adapter: AdapterParts, path: str | os.PathLike[str]) -> None:
     """Write an adapter; see `Adapter.write`."""
     tensors = {
-        key(layer_path, name): tensor.detach().cpu().contiguous()
+        tensor_key(layer_path, name): tensor.detach().cpu().contiguous()
         for layer_path, layer in adapter.layers.items()
         for name, tensor in layer.tensors.items()
     }
@@ -45,7 +45,7 @@ def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "convlora.format_version": str(VERSION),
         "config": adapter.config.to_json(),
-        "layers": describe(adapter.layers),
+        "layers": layers_to_json(adapter.layers),
     }
     if adapter.fingerprint is not None:
         metadata["fingerprint"] = adapter.fingerprint
@@ -53,8 +53,8 @@ def write(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     write_atomically(path, to_safetensors(tensors, metadata))
 
 
-def read(path: str | os.PathLike[str]) -> Adapter:
-    """Read an adapter; see `Adapter.read`."""
+def read_adapter(make: type[A], path: str | os.PathLike[str]) -> A:
+    """Read an adapter, of the class `make`; see `Adapter.read`."""
     try:
         raw = read_regular_file(path)  # once: another process may be replacing the file
         tensors, metadata = from_safetensors(raw)
@@ -72,7 +72,7 @@ def read(path: str | os.PathLike[str]) -> Adapter:
         raise ConvLoRAError(f"read: '{path}' was altered: its checksum does not match; fetch it again")
     try:
         config = AdapterConfig.from_json(metadata["config"])
-        return Adapter(config, _layers(metadata["layers"], tensors), metadata.get("fingerprint"))
+        return make(config, _layers(metadata["layers"], tensors), metadata.get("fingerprint"))
     except ConvLoRAError as error:
         raise ConvLoRAError(f"read: '{path}': {error}") from None
     except Exception as error:
@@ -94,22 +94,6 @@ def update(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(tensor_bytes(tensor))
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> str | None:
-    """SHA-256 over name, dtype, shape and CRC-32 of the base weight of each layer path; None while one has no values.
-
-    It tells bases apart, which needs no cryptography: CRC-32 takes a fraction of the time, and one changed element of
-    up to 32 bits always changes it.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(weights):
-        weight = weights[path]
-        if weight.is_meta:
-            return None
-        crc = zlib.crc32(tensor_bytes(weight))
-        digest.update(f"{key(path, 'weight')}|{weight.dtype}|{tuple(weight.shape)}|{crc}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
-
-
 def _entry(layer: LayerFactors) -> list[Any]:
     spec = layer.spec
     alpha = int(layer.alpha) if float(layer.alpha).is_integer() else layer.alpha
@@ -122,12 +106,12 @@ def _entry(layer: LayerFactors) -> list[Any]:
     return entry
 
 
-def describe(layers: Mapping[str, LayerFactors]) -> str:
+def layers_to_json(layers: Mapping[str, LayerFactors]) -> str:
     """JSON `{path: [rank, alpha, weight shape, groups, transposed, [alias paths]]}`, trailing defaults left out."""
     return json.dumps({path: _entry(layer) for path, layer in layers.items()}, separators=(",", ":"))
 
 
-def described(text: str) -> dict[str, LayerFactors]:
+def layers_from_json(text: str) -> dict[str, LayerFactors]:
     """The layers that `describe` wrote, without tensors.
 
     Raises:
@@ -146,7 +130,7 @@ def described(text: str) -> dict[str, LayerFactors]:
 
 
 def _layers(text: str, tensors: Mapping[str, Tensor]) -> dict[str, LayerFactors]:
-    layers = described(text)
+    layers = layers_from_json(text)
     own: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
     orphans = []
     for full, tensor in tensors.items():

@@ -5,46 +5,54 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from convlora.adapter import BIAS, Adapter, LayerFactors, key, update, wide
-from convlora.algebra import algebraic, assemble, unit_alpha
+from convlora.adapter.algebra import alpha_of_scale_one, assemble, factorization_with
+from convlora.adapter.parts import (
+    BIAS_DELTA,
+    AdapterParts,
+    LayerFactors,
+    at_least_float32,
+    base_fingerprint,
+    layer_delta,
+    tensor_key,
+)
+from convlora.adapter.specs import guess_spec, is_layer_weight
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
 from convlora.factors.fuse import fuse_weight, fuse_weight_exactly, is_finite
 from convlora.factors.svd import rank_chooser
-from convlora.formats.native import fingerprint
-from convlora.specs import guess, is_weight
 from convlora.support.progress import counted_steps
 
 OPERATION = "Adapter.extract"
+A = TypeVar("A", bound=AdapterParts)
 
 
-def apply(
-    strengths: Sequence[tuple[Adapter, float]], state_dict: Mapping[str, Any], exact: bool = False
+def apply_adapters(
+    strengths: Sequence[tuple[AdapterParts, float]], state_dict: Mapping[str, Any], exact: bool = False
 ) -> dict[str, Any]:
     """See `Adapter.apply_to`; of several adapters the updates are summed before the one rounding, as in a model."""
     if not isinstance(state_dict, Mapping):
         raise ConvLoRAError(f"Adapter.apply_to: expected a state dict, got {type(state_dict).__name__}")
     copies = {  # a module of several paths is one layer
-        key(alias, kind): key(path, kind)
+        tensor_key(alias, kind): tensor_key(path, kind)
         for adapter, _ in strengths
         for path, layer in adapter.layers.items()
         for kind in _kinds(layer)
         for alias in layer.aliases
     }
-    changes: dict[str, dict[int, tuple[Adapter, LayerFactors, float]]] = {}
+    changes: dict[str, dict[int, tuple[AdapterParts, LayerFactors, float]]] = {}
     for number, (adapter, strength) in enumerate(strengths):
         if not is_number(strength):
             raise ConvLoRAError(f"Adapter.apply_to: strength (={strength!r}) must be a finite number")
-        misfits(adapter, state_dict).raise_if_any("Adapter.apply_to")
+        state_dict_misfits(adapter, state_dict).raise_if_any("Adapter.apply_to")
         for path, layer in adapter.layers.items():
             for kind in _kinds(layer):
-                name = copies.get(key(path, kind), key(path, kind))
+                name = copies.get(tensor_key(path, kind), tensor_key(path, kind))
                 changes.setdefault(name, {}).setdefault(number, (adapter, layer, strength))
     problems = Problems()
     merged: dict[str, Tensor] = {}
@@ -62,12 +70,12 @@ def apply(
     return result
 
 
-def misfits(adapter: Adapter, state_dict: Mapping[str, Any]) -> Problems:
+def state_dict_misfits(adapter: AdapterParts, state_dict: Mapping[str, Any]) -> Problems:
     """What a state dict lacks for an adapter, and what it has in another shape or dtype."""
     problems = Problems()
     for path, layer in adapter.layers.items():
         for kind in _kinds(layer):
-            name = key(path, kind)
+            name = tensor_key(path, kind)
             shape = layer.spec.shape if kind == "weight" else (layer.spec.out_channels,)
             base = state_dict.get(name)
             if not isinstance(base, Tensor):
@@ -80,16 +88,17 @@ def misfits(adapter: Adapter, state_dict: Mapping[str, Any]) -> Problems:
 
 
 def _kinds(layer: LayerFactors) -> tuple[str, ...]:
-    return ("weight", "bias") if BIAS in layer.tensors else ("weight",)
+    return ("weight", "bias") if BIAS_DELTA in layer.tensors else ("weight",)
 
 
-def _change(name: str, adapter: Adapter, layer: LayerFactors, strength: float, exact: bool) -> Tensor:
+def _change(name: str, adapter: AdapterParts, layer: LayerFactors, strength: float, exact: bool) -> Tensor:
     if name.endswith("weight"):
-        return update(adapter.config, layer, strength, exact)
-    return (layer.tensors[BIAS].double() if exact else wide(layer.tensors[BIAS])) * strength
+        return layer_delta(adapter.config, layer, strength, exact)
+    return (layer.tensors[BIAS_DELTA].double() if exact else at_least_float32(layer.tensors[BIAS_DELTA])) * strength
 
 
-def extract(
+def extract_adapter(
+    make: type[A],
     base: Mapping[str, Any],
     tuned: Mapping[str, Any],
     rank: int | None,
@@ -97,24 +106,24 @@ def extract(
     factors: str,
     name: str,
     specs: Mapping[str, WeightSpec] | None,
-) -> Adapter:
+) -> A:
     """See `Adapter.extract`."""
     choose = rank_chooser(OPERATION, rank, energy)
-    factorization = algebraic(factors, "fit", OPERATION)
+    factorization = factorization_with(factors, "fit", OPERATION)
     config = AdapterConfig(targets="*", factors=factors, name=name)
     differing, left_out = _compare(base, tuned)
     layers, errors = {}, {}
     for path, spec in counted_steps(_layers(base, tuned, differing, specs or {}).items()):
-        weight, bias = key(path, "weight"), key(path, "bias")
+        weight, bias = tensor_key(path, "weight"), tensor_key(path, "bias")
         fit = factorization.fit(spec.to_convolution(_difference(base, tuned, weight)), spec, choose)
         tensors = dict(fit.factors)
         if bias in differing and tuple(base[bias].shape) == (spec.out_channels,):
-            tensors[BIAS] = _difference(base, tuned, bias)
+            tensors[BIAS_DELTA] = _difference(base, tuned, bias)
         dtype = torch.float64 if base[weight].dtype == tuned[weight].dtype == torch.float64 else torch.float32
         tensors = {n: t.to("cpu", dtype) for n, t in tensors.items()}
-        layers[path] = LayerFactors(tensors, spec, fit.rank, unit_alpha(config, fit.rank))
+        layers[path] = LayerFactors(tensors, spec, fit.rank, alpha_of_scale_one(config, fit.rank))
         errors[path] = fit.error
-        differing -= {weight, bias} if BIAS in tensors else {weight}
+        differing -= {weight, bias} if BIAS_DELTA in tensors else {weight}
     if not layers:
         raise ConvLoRAError(f"{OPERATION}: no weight of two or more dimensions, nor its bias, differs")
     if left_out or differing:
@@ -122,7 +131,13 @@ def extract(
         warnings.warn(
             f"{OPERATION}: these differ, and an adapter cannot express it: {names}", ConvLoRAWarning, stacklevel=3
         )
-    return assemble(config, layers, fingerprint=fingerprint({p: base[key(p, "weight")] for p in layers}), errors=errors)
+    return assemble(
+        make,
+        config,
+        layers,
+        fingerprint=base_fingerprint({p: base[tensor_key(p, "weight")] for p in layers}),
+        errors=errors,
+    )
 
 
 def _compare(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> tuple[set[str], set[str]]:
@@ -157,14 +172,16 @@ def _layers(
     layers = {}
     for name, weight in base.items():
         path, _, last = str(name).rpartition(".")
-        if last != "weight" or not is_weight(weight) or not is_weight(tuned.get(name)):
+        if last != "weight" or not is_layer_weight(weight) or not is_layer_weight(tuned.get(name)):
             continue
         comparable = weight.shape == tuned[name].shape
-        if name in differing or (comparable and key(path, "bias") in differing):
-            layers[path] = specs.get(path) or guess(tuple(weight.shape), base.get(key(path, "bias")))
+        if name in differing or (comparable and tensor_key(path, "bias") in differing):
+            layers[path] = specs.get(path) or guess_spec(tuple(weight.shape), base.get(tensor_key(path, "bias")))
             if layers[path].shape != tuple(weight.shape):
                 problems.mismatched.append(f"{name} {tuple(weight.shape)} instead of {layers[path].shape}")
-    problems.missing += [key(path, "weight") for path in specs if not isinstance(base.get(key(path, "weight")), Tensor)]
+    problems.missing += [
+        tensor_key(path, "weight") for path in specs if not isinstance(base.get(tensor_key(path, "weight")), Tensor)
+    ]
     problems.raise_if_any(OPERATION)
     return layers
 

@@ -1,0 +1,1 @@
+"""An adapter as a value, without a model: its data, its file, its algebra, and `Adapter` with the verbs on top."""
