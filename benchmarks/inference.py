@@ -26,7 +26,7 @@ from spandrel.architectures.ESRGAN import ESRGAN
 from torch import Tensor, nn
 
 import convlora
-from convlora.layer import slot_of
+from convlora.layer.adapted import slot_of
 from convlora.walk import adapted_layers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, resnet50
 
 import convlora
-from convlora import forms
+from convlora.layer import forms
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from sr.models import span

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from convlora.config import AdapterConfig, Targets
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.factors.base import Factorization, WeightSpec, get_factors
-from convlora.layer import weight_spec
+from convlora.layer.adapted import weight_spec
 from convlora.model import check_injectable
 from convlora.probe import measure
 from convlora.targets import describe, select

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
-from convlora.layer import raw, still
+from convlora.layer.adapted import base_tensor, without_side_effects
 from convlora.walk import own
 
 
@@ -21,8 +21,8 @@ def plan_baking(root: nn.Module, merged_layers: Sequence[nn.Module]) -> list[Cal
     steps: list[Callable[[], None]] = []
     untied = baked = 0
     for layer, kind in itertools.product(merged_layers, ("weight", "bias")):
-        with still(layer):
-            base, value = raw(layer, kind), getattr(layer, kind)
+        with without_side_effects(layer):
+            base, value = base_tensor(layer, kind), getattr(layer, kind)
         if base is value or value is None:
             continue
         value = value.detach()

@@ -18,8 +18,8 @@ from convlora.bake import plan_baking
 from convlora.config import AdapterConfig, Targets
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.factors.base import WeightSpec, get_factors
-from convlora.layer import Adapted, adapt, adapted_class, peek, release, slot_of, weight_spec
-from convlora.lowrank import LowRank
+from convlora.layer.adapted import Adapted, adapt, adapted_class, peek_base_tensor, release, slot_of, weight_spec
+from convlora.layer.lowrank import LowRank
 from convlora.targets import describe, per_layer, select
 from convlora.walk import adapted_layers, adapters, own, refuse_stacked, refuse_wrapped, slots, unwrap, with_adapters
 
@@ -103,7 +103,7 @@ def inject(
     for path, layer in layers.items():
         r, a = layer_ranks[path], layer_alphas[path]
         if r > 0:
-            has_bias = config.bias and peek(layer, "bias") is not None
+            has_bias = config.bias and peek_base_tensor(layer, "bias") is not None
             plan.append(Placement(path, layer, weight_spec(layer), r, float(r if a is None else a), has_bias))
     if not plan:
         raise ConvLoRAError("inject: every selected layer has rank 0; give one of them a rank of at least 1")
@@ -137,7 +137,7 @@ def place(root: nn.Module, plan: Sequence[Placement], config: AdapterConfig) -> 
         check_adaptable(p.path, p.layer, "inject")
     with torch.inference_mode(False):  # factors are to be trained and switched outside it, too
         for p in plan:
-            device = peek(p.layer, "weight").device
+            device = peek_base_tensor(p.layer, "weight").device
             try:
                 made.append(
                     LowRank(config, p.spec, rank=p.rank, alpha=p.alpha, device=device, factors=p.factors, bias=p.bias)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.factors.fuse import is_finite
-from convlora.layer import adapt, peek, release, weight_spec
-from convlora.lowrank import LowRank
+from convlora.layer.adapted import adapt, peek_base_tensor, release, weight_spec
+from convlora.layer.lowrank import LowRank
 from convlora.model import check_adaptable
 from convlora.putback import put_back
 
@@ -44,7 +44,9 @@ def _probing(layers: Mapping[str, nn.Module], config: AdapterConfig) -> Iterator
     try:
         for path, layer in layers.items():
             check_adaptable(path, layer, config.name)
-            probe = _Probe(config, weight_spec(layer), rank=1, alpha=1.0, device=peek(layer, "weight").device)
+            probe = _Probe(
+                config, weight_spec(layer), rank=1, alpha=1.0, device=peek_base_tensor(layer, "weight").device
+            )
             adapt(layer, config.name, probe)
             probes[path] = probe
         yield probes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convlora.flow import Flow, leaves, with_gradient
-from convlora.layer import peek, slot_of, watching_reads
+from convlora.layer.adapted import peek_base_tensor, slot_of, watching_reads
 from convlora.putback import put_back
 from convlora.support.table import text_table
 from convlora.switch import activate, disabled
@@ -73,7 +73,9 @@ def summary(model: nn.Module) -> Summary:
     entries = []
     factor_ids: set[int] = set()
     for path, layer in adapted_layers(root).items():
-        own = sum(t.numel() for t in (peek(layer, "weight"), peek(layer, "bias")) if t is not None)
+        own = sum(
+            t.numel() for t in (peek_base_tensor(layer, "weight"), peek_base_tensor(layer, "bias")) if t is not None
+        )
         for name in slot_of(layer).names():
             low_rank = slot_of(layer).low_rank(name)
             count = sum(p.numel() for p in low_rank.parameters())

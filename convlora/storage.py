@@ -15,12 +15,12 @@ from convlora.adapter.parts import LayerFactors
 from convlora.adapter.parts import base_fingerprint as fingerprint_of
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
-from convlora.layer import Adapted, peek, slot_of, weight_spec, why_not
-from convlora.lowrank import LowRank
+from convlora.layer.adapted import Adapted, peek_base_tensor, slot_of, weight_spec, why_not
+from convlora.layer.lowrank import LowRank
+from convlora.layer.sharded import device_mesh_of, full_tensor, is_first_rank, is_sharded, on_all_ranks, reshard_model
+from convlora.layer.threads import in_threads, steady, switching
 from convlora.model import Placement, check_injectable, place
-from convlora.sharded import is_first, is_sharded, mesh_of, reshard, together, whole
 from convlora.targets import nearest
-from convlora.threads import in_threads, steady, switching
 from convlora.walk import adapted_layers, only_name, unwrap
 
 M = TypeVar("M", bound=nn.Module)
@@ -46,7 +46,7 @@ def adapter(model: nn.Module, name: str | None = None) -> Adapter:
 
 def _take(model: nn.Module, name: str | None, copy: bool) -> Adapter:
     name = only_name(model, name, "adapter")
-    reshard(model, "adapter")
+    reshard_model(model, "adapter")
     paths: dict[nn.Module, list[str]] = {}
     for path, module in unwrap(model, "adapter").named_modules(remove_duplicate=False):
         if isinstance(module, Adapted) and name in slot_of(module).names():
@@ -85,9 +85,9 @@ def save(
     """
     with steady("save"):
         taken = _take(model, name, copy=in_threads()).to(dtype)
-    mesh = mesh_of(model)
-    first = is_first(model, mesh)
-    together(mesh, lambda: taken.write(path) if first else None)
+    mesh = device_mesh_of(model)
+    first = is_first_rank(model, mesh)
+    on_all_ranks(mesh, lambda: taken.write(path) if first else None)
     return model
 
 
@@ -113,8 +113,8 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
         ...     fresh = load(fresh, f"{folder}/rain.safetensors")
     """
     root = unwrap(model, "load")
-    reshard(root, "load")
-    loaded = together(mesh_of(root), lambda: path if isinstance(path, Adapter) else Adapter.read(path))
+    reshard_model(root, "load")
+    loaded = on_all_ranks(device_mesh_of(root), lambda: path if isinstance(path, Adapter) else Adapter.read(path))
     config = loaded.config if name is None else loaded.config.replace(name=name)
     present = {p: layer for p, layer in adapted_layers(root).items() if config.name in slot_of(layer).names()}
     if not present:
@@ -162,13 +162,13 @@ def _match(root: nn.Module, loaded: Adapter, swap: str | None) -> tuple[dict[str
             problems.unexpected.append(path)
         elif reason := why_not(layer):
             problems.mismatched.append(f"{path} ({reason})")
-        elif peek(layer, "weight").is_meta:
+        elif peek_base_tensor(layer, "weight").is_meta:
             problems.mismatched.append(f"{path} (the model has no values yet: meta device)")
         elif weight_spec(layer) != factors.spec:
             problems.mismatched.append(
                 f"{path} (the file has weight {_show(factors.spec)}, the model {_show(weight_spec(layer))})"
             )
-        elif "lora_bias" in factors.tensors and peek(layer, "bias") is None:
+        elif "lora_bias" in factors.tensors and peek_base_tensor(layer, "bias") is None:
             problems.mismatched.append(f"{path} (the file has a bias delta, the layer no bias)")
         elif swap is not None and (reason := _cannot_swap(layer, swap, loaded, factors)):
             problems.mismatched.append(f"{path} ({reason})")
@@ -206,12 +206,12 @@ def _show(spec: WeightSpec) -> str:
 def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
     if tensor.is_meta:
         raise ConvLoRAError("adapter: the factors have no values yet (meta device)")
-    return whole(tensor).detach().to("cpu", copy=copy)
+    return full_tensor(tensor).detach().to("cpu", copy=copy)
 
 
 def fingerprint(layers: Mapping[str, nn.Module]) -> str | None:
     """Of the base weights of layers; see `formats.native.fingerprint`."""
-    weights = {path: peek(layer, "weight") for path, layer in layers.items()}
+    weights = {path: peek_base_tensor(layer, "weight") for path, layer in layers.items()}
     if any(weight.is_meta for weight in weights.values()):
         return None
     return fingerprint_of({p: _on_cpu(w, copy=False) if is_sharded(w) else w for p, w in weights.items()})

@@ -12,9 +12,9 @@ from convlora.adapter.parts import tensor_key
 from convlora.config import LARGEST, is_number
 from convlora.errors import ConvLoRAError
 from convlora.factors.fuse import is_finite
-from convlora.layer import slot_of, still
-from convlora.rows import Rows
-from convlora.threads import switching
+from convlora.layer.adapted import slot_of, without_side_effects
+from convlora.layer.rows import SampleRows
+from convlora.layer.threads import switching
 from convlora.walk import adapted_layers, refuse_sharded, refuse_stacked, root_and_slots, slots, with_adapters
 
 M = TypeVar("M", bound=nn.Module)
@@ -87,7 +87,7 @@ def per_sample(model: M, names: Sequence[str | None], *, folded: bool = False) -
     if any(slot.merged for slot in chosen):
         raise ConvLoRAError("per_sample: the model is merged, one weight for all samples; unmerge first")
     before = [slot._rows for slot in chosen]
-    rows = Rows(names, folded)
+    rows = SampleRows(names, folded)
     try:
         for slot in chosen:
             slot._rows = rows
@@ -162,7 +162,7 @@ def _merge(root: nn.Module, strengths: Mapping[str, float] | None, check_finite:
     try:
         for path, layer in adapted_layers(root).items():
             slot_of(layer).merge(strengths, exact)
-            with still(layer):
+            with without_side_effects(layer):
                 values = {kind: getattr(layer, kind) for kind in ("weight", "bias")}
             bad += [
                 f"'{tensor_key(path, k)}'"

@@ -12,7 +12,7 @@ from torch import nn
 
 from convlora.config import Target
 from convlora.errors import ConvLoRAError
-from convlora.layer import why_not
+from convlora.layer.adapted import why_not
 
 V = TypeVar("V")
 _COMPARED = 60  # characters of a name, the last, that `nearest` looks at

@@ -11,9 +11,9 @@ from torch.optim.swa_utils import AveragedModel
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
-from convlora.layer import Adapted, is_stacked, slot_of, weight_spec, why_not
-from convlora.sharded import is_managed, is_sharded
-from convlora.slot import Slot
+from convlora.layer.adapted import Adapted, is_stacked, slot_of, weight_spec, why_not
+from convlora.layer.sharded import is_managed, is_sharded
+from convlora.layer.slot import Slot
 
 
 def unwrap(model: Any, operation: str) -> nn.Module:

@@ -14,7 +14,7 @@ import convlora
 from convlora.adapter.adapter import Adapter
 from convlora.adapter.parts import LayerFactors
 from convlora.factors.base import WeightSpec
-from convlora.layer import slot_of
+from convlora.layer.adapted import slot_of
 
 
 @pytest.mark.parametrize("factors", FACTORS)

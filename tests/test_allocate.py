@@ -19,7 +19,7 @@ import convlora
 from convlora.allocate import _component_squares
 from convlora.config import AdapterConfig
 from convlora.factors.base import WeightSpec, get_factors
-from convlora.layer import weight_spec
+from convlora.layer.adapted import weight_spec
 from convlora.probe import measure
 
 FACTORS = ("convlora", "locon")

@@ -13,7 +13,7 @@ from oracle import FACTORS, bits, randomise
 from torch import Tensor, nn
 
 import convlora
-from convlora.layer import Adapted, slot_of
+from convlora.layer.adapted import Adapted, slot_of
 from convlora.model import adapted_layers
 from convlora.targets import matches
 

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import convlora
-from convlora import forms
 from convlora.adapter import file as adapter_file
+from convlora.layer import forms
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning"),

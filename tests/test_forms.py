@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import convlora
-from convlora import forms, thin
-from convlora.layer import slot_of
+from convlora.layer import forms, thin
+from convlora.layer.adapted import slot_of
 
 quiet = pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
 INFINITE = float("inf")

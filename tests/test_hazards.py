@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import convlora
 from convlora.adapter.file import checksum
-from convlora.lowrank import LowRank
-from convlora.slot import Slot
+from convlora.layer.lowrank import LowRank
+from convlora.layer.slot import Slot
 
 
 def x() -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import convlora
-from convlora.layer import slot_of, weight_spec
+from convlora.layer.adapted import slot_of, weight_spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 quiet = pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")

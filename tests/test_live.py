@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import convlora
-from convlora import slot as slot_module
-from convlora.layer import Adapted, slot_of
+from convlora.layer import slot as slot_module
+from convlora.layer.adapted import Adapted, slot_of
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from oracle import FACTORS, NET_INPUT, NET_LAYERS, TORCH, adapted_net, bits, net
 from torch import nn
 
 import convlora
-from convlora.layer import slot_of
+from convlora.layer.adapted import slot_of
 
 
 def some_input() -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import convlora
 from convlora.adapter.file import checksum
-from convlora.layer import raw, weight_spec
+from convlora.layer.adapted import base_tensor, weight_spec
 
 both = pytest.mark.parametrize("factors", FACTORS)
 # Tiny layers on purpose: some are smaller than their adapter.
@@ -97,7 +97,7 @@ def exact_weight(layer: nn.Module, factors: str) -> Tensor:
     """W + ΔW of one layer in float64, element by element from the factors."""
     layer_factors = next(iter(convlora.adapter(layer).layers.values()))
     delta = oracle.delta(factors, dict(layer_factors.tensors), weight_spec(layer))
-    return raw(layer, "weight").detach().double() + delta * layer_factors.alpha / layer_factors.rank  # type: ignore[no-any-return]
+    return base_tensor(layer, "weight").detach().double() + delta * layer_factors.alpha / layer_factors.rank  # type: ignore[no-any-return]
 
 
 # --- peft ------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_shared_modules_and_shared_parameters_merge_exactly(kind: type[Twice], f
     base, x = kind().eval(), torch.randn(IMAGE)
     model = adapted(base, factors)
     assert (model.a is model.b) == (kind is Twice)
-    assert raw(model.a, "weight") is raw(model.b, "weight")  # type: ignore[arg-type]
+    assert base_tensor(model.a, "weight") is base_tensor(model.b, "weight")  # type: ignore[arg-type]
     with torch.no_grad():
         expected = model(x)
         assert distance(expected, base(x)) > 0.05

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import convlora
-from convlora.layer import slot_of
+from convlora.layer.adapted import slot_of
 
 
 def pair() -> tuple[nn.Sequential, nn.Sequential]:

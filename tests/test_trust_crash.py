@@ -17,7 +17,8 @@ from oracle import adapted_net, randomise
 from torch import Tensor, nn
 
 import convlora
-from convlora import ConvLoRAError, threads
+from convlora import ConvLoRAError
+from convlora.layer import threads
 from convlora.support import atomic
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -13,11 +13,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import convlora
 import convlora.slot
+
+import convlora
 from benchmarks.trust import machine
-from convlora.lowrank import LowRank
-from convlora.slot import Slot
+from convlora.layer.lowrank import LowRank
+from convlora.layer.slot import Slot
 
 
 def test_random_lives_agree_with_a_dense_oracle() -> None:

@@ -31,7 +31,7 @@ from torch.nn.utils import parametrize
 import convlora
 from benchmarks.trust.catalogue import LEFT_OUT, Case, cases
 from convlora.flow import leaves
-from convlora.layer import Adapted, slot_of, why_not
+from convlora.layer.adapted import Adapted, slot_of, why_not
 from convlora.putback import put_back
 
 STAGES = ("identity", "step", "file", "merge", "remove")

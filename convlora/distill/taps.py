@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from convlora.config import Target
 from convlora.errors import ConvLoRAError
-from convlora.layer import Adapted
+from convlora.layer.adapted import Adapted
 from convlora.targets import describe, nearest, selects
 from convlora.walk import unwrap
 

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from convlora import thin
-from convlora.lowrank import LowRank
-from convlora.slot import Slot
-from convlora.thin import Update
+from convlora.layer import thin
+from convlora.layer.lowrank import LowRank
+from convlora.layer.slot import Slot
+from convlora.layer.thin import LowRankUpdate
 
 # Below this many multiplications in a layer's forward, times the threads (by which small products gain less than
 # convolutions do), the calls of other forms cost more than they save.
@@ -36,7 +36,7 @@ HEAVY = 200
 Form = Callable[[Any, Slot, Tensor], Tensor | None]
 
 
-def form_of(kind: Any) -> Form | None:
+def training_form_of(kind: Any) -> Form | None:
     """What to try before a layer class's own forward; None if it does not compute as the stock layers do."""
     if kind.forward is nn.Linear.forward:
         return _linear
@@ -86,14 +86,14 @@ def _padding(layer: Any) -> tuple[int, int] | None:
     return int(given[0]), int(given[1])
 
 
-def _is_worth_it(weight: Tensor, update: Update, positions: int) -> bool:
+def _is_worth_it(weight: Tensor, update: LowRankUpdate, positions: int) -> bool:
     smaller = min(weight.shape[:2])
     return (
         positions * weight.numel() >= LEAST_WORK * torch.get_num_threads() and len(update.a) <= LARGEST_SHARE * smaller
     )
 
 
-def _update(slot: Slot, x: Any, weight: Any) -> Update | None:
+def _update(slot: Slot, x: Any, weight: Any) -> LowRankUpdate | None:
     """The update of the only acting adapter, if anything but the composite may be used."""
     if (
         type(x) not in _PLAIN
@@ -119,7 +119,7 @@ _PLAIN = (Tensor, nn.Parameter)
 _WHOLE = (torch.float32, torch.float64)
 
 
-def _chained(low_rank: LowRank, dtype: torch.dtype) -> Update | None:
+def _chained(low_rank: LowRank, dtype: torch.dtype) -> LowRankUpdate | None:
     """The update as two layers one after the other; None where it is not that, or where calling the module does more:
     dropout draws, hooks (of FSDP2, say) have work to do, a replica of DataParallel has no parameters."""
     chain = getattr(low_rank.factorization, "chain", None)
@@ -131,4 +131,4 @@ def _chained(low_rank: LowRank, dtype: torch.dtype) -> Update | None:
     if factors is None or any(factor.dtype != dtype for factor in factors):
         return None
     a, b = factors
-    return Update(a, b, low_rank.strength * low_rank.scale)
+    return LowRankUpdate(a, b, low_rank.strength * low_rank.scale)

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from convlora import threads
+pass
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
-from convlora.forms import form_of
-from convlora.lowrank import LowRank
-from convlora.sharded import is_managed, is_shard_root, is_sharded
-from convlora.slot import Slot
+from convlora.layer.forms import training_form_of
+from convlora.layer.lowrank import LowRank
+from convlora.layer.sharded import is_managed, is_shard_root, is_sharded
+from convlora.layer.slot import Slot
 
 CHILD = "convlora"  # the child module's name, so `<layer>.convlora.<adapter>.lora_A` in a full checkpoint
 
@@ -42,7 +42,7 @@ def why_not(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return f"{type(layer).__name__} has no shape yet (run one batch through the model first)"
     try:
-        weight = peek(layer, "weight")
+        weight = peek_base_tensor(layer, "weight")
     except Exception as error:
         return f"its weight cannot be read ({error})"
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
@@ -120,7 +120,7 @@ def _property(kind: str) -> property:
         try:
             if not torch.compiler.is_compiling() and (switch := threads.current) is not None:
                 switch.hold_back(self)
-            base = raw(self, kind)
+            base = base_tensor(self, kind)
             if base is None or is_sharded(base):  # sharded: whole only inside FSDP2's forward
                 return base
             value = slot_of(self).effective(base, kind)
@@ -151,7 +151,7 @@ def _property(kind: str) -> property:
     return property(read, write, delete, f"The effective {kind}: the base's with the active adapters.")
 
 
-def raw(layer: nn.Module, kind: str) -> Any:
+def base_tensor(layer: nn.Module, kind: str) -> Any:
     """The weight or bias without adapters: a Parameter, or what the layer computes (weight or spectral norm)."""
     if kind in layer._parameters:
         return layer._parameters[kind]
@@ -164,7 +164,7 @@ def raw(layer: nn.Module, kind: str) -> Any:
 
 
 @contextlib.contextmanager
-def still(layer: nn.Module) -> Iterator[None]:
+def without_side_effects(layer: nn.Module) -> Iterator[None]:
     """Look at a layer's weight without effects: in train mode, reading a spectrally normed one moves its buffers."""
     modes = [] if "weight" in layer._parameters else [(module, module.training) for module in layer.modules()]
     try:
@@ -176,10 +176,10 @@ def still(layer: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def peek(layer: nn.Module, kind: str) -> Any:
+def peek_base_tensor(layer: nn.Module, kind: str) -> Any:
     """The weight or bias without adapters, looked at without effects."""
-    with still(layer):
-        return raw(layer, kind)
+    with without_side_effects(layer):
+        return base_tensor(layer, kind)
 
 
 def slot_of(layer: Any) -> Slot:
@@ -211,7 +211,7 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
     """A stock layer's forward: in training a form of equal values that is faster, and each sample's own adapter."""
-    plain, form = base.forward, form_of(base)
+    plain, form = base.forward, training_form_of(base)
 
     def forward(self: Any, input: Tensor, *more: Any) -> Any:
         if not torch.compiler.is_compiling() and (switch := threads.current) is not None:

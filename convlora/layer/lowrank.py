@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
 from convlora.factors.base import Factorization, WeightSpec, get_factors
-from convlora.sharded import like
+from convlora.layer.sharded import sharded_like
 
 
 class LowRank(nn.Module):
@@ -76,7 +76,7 @@ class LowRank(nn.Module):
         """Take the values of other factors of the same shapes, in place."""
         with torch.no_grad():
             for name, parameter in self.factors().items():
-                parameter.copy_(like(factors[name], parameter))
+                parameter.copy_(sharded_like(factors[name], parameter))
 
     def configure(self, config: AdapterConfig, alpha: float) -> None:
         """Become the adapter of another file with the same shapes."""

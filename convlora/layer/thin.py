@@ -26,7 +26,7 @@ from convlora.factors.fuse import fuse_weight
 Pair = tuple[int, int]
 
 
-class Update(NamedTuple):
+class LowRankUpdate(NamedTuple):
     """A low-rank update as two layers, one after the other: `a (r, in, *kernel)`, `b (out, r, 1…)`, times `gain`."""
 
     a: Tensor
@@ -41,12 +41,14 @@ class Update(NamedTuple):
         return torch.add(weight, update.mul_(self.gain), out=update if weight.is_contiguous() else None)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, update: LowRankUpdate) -> Tensor:
     """`F.linear` with the updated weight. Shapes: x `(*, in)`, weight `(out, in)`."""
     return _Linear.apply(x, weight, bias, *update)  # type: ignore[no-any-return]
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update, padding: Pair, dilation: Pair) -> Tensor:
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, update: LowRankUpdate, padding: Pair, dilation: Pair
+) -> Tensor:
     """`F.conv2d` with the updated weight, of stride 1 and one group. Shapes: x `(n, in, h, w)`."""
     return _Conv2d.apply(x, weight, bias, *update, padding, dilation)  # type: ignore[no-any-return]
 
@@ -56,13 +58,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: float) -> Tensor:
         ctx.save_for_backward(x, weight, bias, a, b)
         ctx.gain = gain
-        return F.linear(x, Update(a, b, gain).added_to(weight), bias)
+        return F.linear(x, LowRankUpdate(a, b, gain).added_to(weight), bias)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gy,) = outputs
         x, weight, bias, a, b = ctx.saved_tensors
-        update = Update(a, b, ctx.gain)
+        update = LowRankUpdate(a, b, ctx.gain)
         if torch.is_grad_enabled():
             y = F.linear(x, update.added_to(weight), bias)
             return *_differentiable(y, (x, None, bias, a, b), gy, ctx.needs_input_grad), None
@@ -89,14 +91,14 @@ class _Conv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, a, b)
         ctx.gain, ctx.padding, ctx.dilation = gain, padding, dilation
-        return F.conv2d(x, Update(a, b, gain).added_to(weight), bias, 1, padding, dilation)
+        return F.conv2d(x, LowRankUpdate(a, b, gain).added_to(weight), bias, 1, padding, dilation)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gy,) = outputs
         x, weight, bias, a, b = ctx.saved_tensors
         padding, dilation = ctx.padding, ctx.dilation
-        updated = Update(a, b, ctx.gain).added_to(weight)
+        updated = LowRankUpdate(a, b, ctx.gain).added_to(weight)
         if torch.is_grad_enabled():
             y = F.conv2d(x, updated, bias, 1, padding, dilation)
             return *_differentiable(y, (x, None, bias, a, b), gy, ctx.needs_input_grad), None, None, None

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.factors.fuse import fuse_weight, fuse_weight_exactly
-from convlora.lowrank import LowRank
-from convlora.rows import Rows
+from convlora.layer.lowrank import LowRank
+from convlora.layer.rows import SampleRows
 
 State = tuple[dict[str, float], bool, bool, "dict[str, float] | None"]
 
@@ -32,7 +32,7 @@ class Slot(nn.Module):
         self._before_merge: dict[str, float] | None = None
         self._fused: dict[str, _Fused | None] = {}
 
-    _rows: Rows | None = None  # while `per_sample`
+    _rows: SampleRows | None = None  # while `per_sample`
     _row: str | None = ""  # the adapter of the rows at hand
 
     def __getstate__(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def is_shard_root(kind: type) -> bool:
     return any(base.__name__ == "FSDPModule" for base in kind.__bases__)
 
 
-def reshard(root: nn.Module, operation: str) -> None:
+def reshard_model(root: nn.Module, operation: str) -> None:
     """Bring all parameters of `fully_shard` back to shards, which are what training writes.
 
     Raises:
@@ -48,12 +48,12 @@ def reshard(root: nn.Module, operation: str) -> None:
         )
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor of which this process may hold a part; all processes have to ask for it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def like(value: Tensor, parameter: Tensor) -> Tensor:
+def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
     """A whole value as this process holds `parameter`; nothing is sent."""
     if not is_sharded(parameter):
         return value
@@ -65,12 +65,12 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
     return replica.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
 
 
-def mesh_of(root: nn.Module) -> Any:
+def device_mesh_of(root: nn.Module) -> Any:
     """The DeviceMesh of the processes that hold the parts of a model; None for a whole one."""
     return next((p.device_mesh for p in root.parameters() if is_sharded(p)), None)  # type: ignore[attr-defined]
 
 
-def is_first(model: nn.Module, mesh: Any) -> bool:
+def is_first_rank(model: nn.Module, mesh: Any) -> bool:
     """Whether this process is the first of those that hold a model, replicated by DDP or in parts."""
     if mesh is not None and any(mesh.get_coordinate()):
         return False
@@ -78,7 +78,7 @@ def is_first(model: nn.Module, mesh: Any) -> bool:
     return all(ddp.process_group.rank() == 0 for ddp in replicas)
 
 
-def together(mesh: Any, action: Callable[[], T]) -> T:
+def on_all_ranks(mesh: Any, action: Callable[[], T]) -> T:
     """The result of an action, if it went well in all processes of a mesh.
 
     Raises:

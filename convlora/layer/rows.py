@@ -11,7 +11,7 @@ from torch import Tensor
 from convlora.errors import ConvLoRAError
 
 
-class Rows:
+class SampleRows:
     """The adapter of each sample; None is the base alone. Samples of one adapter go through a layer together."""
 
     def __init__(self, names: Sequence[str | None], folded: bool) -> None:
