@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import convlora
 from convlora.layer.adapted import slot_of
-from convlora.walk import adapted_layers
+from convlora.model.traversal import adapted_layers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from sr.models import span

@@ -18,20 +18,20 @@ from convlora.config import AdapterConfig as AdapterConfig
 from convlora.errors import ConvLoRAError as ConvLoRAError
 from convlora.errors import ConvLoRAWarning as ConvLoRAWarning
 from convlora.factors.base import register_factors as register_factors
-from convlora.model import inject as inject
-from convlora.model import remove as remove
+from convlora.model.inject import inject as inject
+from convlora.model.inject import remove as remove
+from convlora.model.storage import adapter as adapter
+from convlora.model.storage import load as load
+from convlora.model.storage import save as save
+from convlora.model.switch import activate as activate
+from convlora.model.switch import disabled as disabled
+from convlora.model.switch import merge as merge
+from convlora.model.switch import merged as merged
+from convlora.model.switch import per_sample as per_sample
+from convlora.model.switch import unmerge as unmerge
+from convlora.model.traversal import adapters as adapters
+from convlora.model.traversal import parameters as parameters
 from convlora.report import audit as audit
 from convlora.report import summary as summary
-from convlora.storage import adapter as adapter
-from convlora.storage import load as load
-from convlora.storage import save as save
-from convlora.switch import activate as activate
-from convlora.switch import disabled as disabled
-from convlora.switch import merge as merge
-from convlora.switch import merged as merged
-from convlora.switch import per_sample as per_sample
-from convlora.switch import unmerge as unmerge
-from convlora.walk import adapters as adapters
-from convlora.walk import parameters as parameters
 
 __version__ = "0.1.0"

@@ -18,9 +18,9 @@ from convlora.config import AdapterConfig, Targets
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.factors.base import Factorization, WeightSpec, get_factors
 from convlora.layer.adapted import weight_spec
-from convlora.model import check_injectable
+from convlora.model.inject import check_injectable
 from convlora.probe import measure
-from convlora.targets import describe, select
+from convlora.targets import describe_target, select_layers
 
 _ROUNDING = 1e-12  # of the squared norm: what a gradient summed in float32 has beyond its true rank
 
@@ -86,9 +86,11 @@ def allocate_ranks(
     most = budget if max_rank is None else _positive("max_rank", max_rank)
     _check_types(batches, loss)
     root = check_injectable(model, config, "allocate_ranks")
-    layers, idle = select(root, config.targets, config.exclude, "allocate_ranks")  # type: ignore[arg-type]
+    layers, idle = select_layers(root, config.targets, config.exclude, "allocate_ranks")  # type: ignore[arg-type]
     for target in idle:
-        warnings.warn(f"allocate_ranks: exclude {describe(target)} matches no layer", ConvLoRAWarning, stacklevel=2)
+        warnings.warn(
+            f"allocate_ranks: exclude {describe_target(target)} matches no layer", ConvLoRAWarning, stacklevel=2
+        )
     factorization = get_factors(factors)
     specs = {path: weight_spec(layer) for path, layer in layers.items()}
     prices = {path: _prices(factorization, spec, most) for path, spec in specs.items()}

@@ -21,7 +21,7 @@ from convlora.errors import ConvLoRAError
 from convlora.factors.fuse import is_finite
 from convlora.layer.adapted import adapt, peek_base_tensor, release, weight_spec
 from convlora.layer.lowrank import LowRank
-from convlora.model import check_adaptable
+from convlora.model.inject import check_adaptable
 from convlora.putback import put_back
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from convlora.flow import Flow, leaves, with_gradient
 from convlora.layer.adapted import peek_base_tensor, slot_of, watching_reads
+from convlora.model.switch import activate, disabled
+from convlora.model.traversal import adapted_layers, adapter_slots, refuse_sharded, require_adapters, unwrap_model
 from convlora.putback import put_back
 from convlora.support.table import text_table
-from convlora.switch import activate, disabled
-from convlora.walk import adapted_layers, refuse_sharded, slots, unwrap, with_adapters
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def summary(model: nn.Module) -> Summary:
         >>> report.trainable, report.base, report.total
         (198, 224, 422)
     """
-    root = unwrap(model, "summary")
+    root = unwrap_model(model, "summary")
     entries = []
     factor_ids: set[int] = set()
     for path, layer in adapted_layers(root).items():
@@ -170,12 +170,12 @@ def audit(model: nn.Module, *inputs: Any, **named: Any) -> Audit:
         >>> audit(model, torch.zeros(1, 3, 8, 8)).ok
         True
     """
-    root = with_adapters(model, "audit")
+    root = require_adapters(model, "audit")
     refuse_sharded(root, "audit")
     layers = adapted_layers(root)
     found: dict[bool, _Run] = {}
     overwritten: set[int] = set()
-    every = {name: 1.0 for slot in slots(root) for name in slot.names()}
+    every = {name: 1.0 for slot in adapter_slots(root) for name in slot.names()}
     with (
         torch.random.fork_rng(enabled=True),
         torch.no_grad(),
@@ -183,7 +183,7 @@ def audit(model: nn.Module, *inputs: Any, **named: Any) -> Audit:
         put_back(root),
         disabled(root),
     ):
-        for slot in slots(root):
+        for slot in adapter_slots(root):
             slot.merged = False
         for training in (True, False):
             root.train(training)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import convlora
 from convlora.layer.adapted import Adapted, slot_of
-from convlora.model import adapted_layers
-from convlora.targets import matches
+from convlora.model.inject import adapted_layers
+from convlora.targets import pattern_matches
 
 pytest.importorskip("spandrel")
 
@@ -61,7 +61,7 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
 
 def named(patterns: tuple[str, ...], names: list[str]) -> set[str]:
     """The names that patterns select; each pattern selects one at least."""
-    hits = {pattern: {name for name in names if matches(pattern, name)} for pattern in patterns}
+    hits = {pattern: {name for name in names if pattern_matches(pattern, name)} for pattern in patterns}
     assert all(hits.values())
     return set().union(*hits.values())
 

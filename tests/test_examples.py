@@ -67,7 +67,7 @@ from sr.training import Schedule
 from typer.testing import CliRunner
 
 import convlora
-from convlora.walk import slots
+from convlora.model.traversal import adapter_slots
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data pack is not there")
 
@@ -550,7 +550,7 @@ def test_dsclora_puts_adapters_where_the_paper_has_them() -> None:
     layers = {layer.name: layer.rank for layer in convlora.summary(model).layers}
     blocks = {f"block_{block}.c{conv}_r": 2 for block in range(1, 7) for conv in (1, 2, 3)}
     assert layers == {**blocks, "conv_2": 8, "upsampler.0": 8}
-    assert {slot.low_rank("default").scale for slot in slots(model)} == {2.0}
+    assert {slot.low_rank("default").scale for slot in adapter_slots(model)} == {2.0}
 
 
 def test_dsclora_minimises_the_three_terms() -> None:

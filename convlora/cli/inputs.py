@@ -15,7 +15,7 @@ from convlora.adapter.parts import base_fingerprint, tensor_key
 from convlora.cli.architecture import layers_of, renamed
 from convlora.errors import ConvLoRAError
 from convlora.files import Checkpoint
-from convlora.targets import nearest
+from convlora.targets import nearest_names
 
 OTHER_BASE = "'{}' was trained on another base of the same shapes, or on another precision of it"
 
@@ -48,7 +48,7 @@ def place(adapter: Adapter, state: Mapping[str, Any], file: Path, base: Path, co
     placed = renamed(adapter, state) if state_dict_misfits(adapter, state) else adapter
     problems = state_dict_misfits(placed, state)
     if problems:
-        remedy = f"; {nearest(problems.missing[0], state)}" if problems.missing else ""
+        remedy = f"; {nearest_names(problems.missing[0], state)}" if problems.missing else ""
         raise ConvLoRAError(f"{command}: '{file}' does not fit '{base}': {problems}{remedy}")
     return placed
 

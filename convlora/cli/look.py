@@ -25,7 +25,7 @@ from convlora.files import Checkpoint
 from convlora.formats import specs_from_checkpoint, specs_of
 from convlora.support.progress import counted_steps
 from convlora.support.table import text_table
-from convlora.targets import nearest, per_layer, select
+from convlora.targets import nearest_names, select_layers, values_by_layer
 
 
 def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
@@ -148,12 +148,12 @@ def layers(
         raise ConvLoRAError(f"layers: '{checkpoint}' has no layer that can be adapted")
     wanted, unwanted = patterns or ["*"], exclude or []
     if known:
-        found, idle = select(known.model, wanted, unwanted, "layers")
+        found, idle = select_layers(known.model, wanted, unwanted, "layers")
         if idle:
-            raise ConvLoRAError(f"layers: --exclude {idle[0]!r} selects no layer; {nearest(str(idle[0]), every)}")
+            raise ConvLoRAError(f"layers: --exclude {idle[0]!r} selects no layer; {nearest_names(str(idle[0]), every)}")
         kinds: dict[str, str | None] = {path: type(layer).__name__ for path, layer in found.items()}
     else:
-        verdicts = per_layer(
+        verdicts = values_by_layer(
             {**dict.fromkeys(wanted, True), **dict.fromkeys(unwanted, False)}, False, every, "layers", "target"
         )
         kinds = {path: None for path, selected in verdicts.items() if selected}

@@ -16,9 +16,9 @@ from convlora.config import Target, is_number
 from convlora.distill.losses import Loss, get_loss
 from convlora.distill.taps import Taker, Tap, evaluating, find, matches_parts
 from convlora.errors import ConvLoRAError
-from convlora.switch import disabled
-from convlora.targets import nearest
-from convlora.walk import adapters, unwrap
+from convlora.model.switch import disabled
+from convlora.model.traversal import adapters, unwrap_model
+from convlora.targets import nearest_names
 
 Layers: TypeAlias = "Target | Sequence[Target] | Mapping[str, str]"
 V = TypeVar("V")
@@ -92,15 +92,15 @@ class Distiller:
         project: Mapping[str, Project] | None = None,
         check_finite: bool = True,
     ) -> None:
-        root = unwrap(student, "distill")
+        root = unwrap_model(student, "distill")
         if teacher is None and not adapters(root):
             raise ConvLoRAError("distill: the student has no adapters to switch off; inject first, or give a teacher")
-        if teacher is not None and unwrap(teacher, "distill") is root:
+        if teacher is not None and unwrap_model(teacher, "distill") is root:
             raise ConvLoRAError("distill: the teacher is the student; leave it out to learn from the frozen base")
         self.student, self.teacher = student, teacher
         self.loss = get_loss(loss)
         self.check_finite = check_finite
-        self.pairs = _pairs(root, root if teacher is None else unwrap(teacher, "distill"), layers)
+        self.pairs = _pairs(root, root if teacher is None else unwrap_model(teacher, "distill"), layers)
         per_pattern = weights if isinstance(weights, Mapping) else {tap.module: weights for tap in self.pairs}
         self.weights = dict.fromkeys(self.pairs, 1.0) | _by_pattern(per_pattern, self.pairs, "weights", _weight)
         self.project = _by_pattern(project or {}, self.pairs, "project", _projection)
@@ -129,13 +129,15 @@ class Distiller:
 
     def __repr__(self) -> str:
         pairs = (str(s) if str(s) == str(t) else f"{s} <- {t}" for s, t in self.pairs.items())
-        by = "its frozen base" if self.teacher is None else type(unwrap(self.teacher, "distill")).__name__
+        by = "its frozen base" if self.teacher is None else type(unwrap_model(self.teacher, "distill")).__name__
         name = getattr(self.loss, "__name__", repr(self.loss))
-        return f"Distiller({type(unwrap(self.student, 'distill')).__name__} by {by}, {name} of {', '.join(pairs)})"
+        return (
+            f"Distiller({type(unwrap_model(self.student, 'distill')).__name__} by {by}, {name} of {', '.join(pairs)})"
+        )
 
     def _teach(self, x: Any) -> tuple[Any, dict[Tap, list[Tensor]]]:
         model = self.student if self.teacher is None else self.teacher
-        root = unwrap(model, "distill")
+        root = unwrap_model(model, "distill")
         # A network that scales its input in place must not do so to the student's.
         x = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)
         off = disabled(root) if self.teacher is None else contextlib.nullcontext()
@@ -177,7 +179,7 @@ def _spread(take: Taker, x: Any) -> tuple[Any, dict[Tap, list[Tensor]]]:
 
 def _without_ddp(model: nn.Module) -> nn.Module:
     """The model itself if it is bare or compiled, else what DDP wraps: a pass without gradients is not its business."""
-    bare = unwrap(model, "distill")
+    bare = unwrap_model(model, "distill")
     return model if model is bare or model._modules.get("_orig_mod") is bare else bare
 
 
@@ -230,7 +232,7 @@ def _by_pattern(
             tap for tap in taps if matches_parts(pattern, tap.module)
         ]
         if not hits:
-            close = nearest(pattern, map(str, taps))
+            close = nearest_names(pattern, map(str, taps))
             raise ConvLoRAError(f"distill: {field} pattern '{pattern}' matches none of the student's layers; {close}")
         found |= dict.fromkeys(hits, checked(f"distill: {field} of '{pattern}'", value))
     return found

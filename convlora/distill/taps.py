@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from convlora.config import Target
 from convlora.errors import ConvLoRAError
 from convlora.layer.adapted import Adapted
-from convlora.targets import describe, nearest, selects
-from convlora.walk import unwrap
+from convlora.model.traversal import unwrap_model
+from convlora.targets import describe_target, nearest_names, target_selects
 
 _ELEMENT = re.compile(r"(.+)\[(-?\w+)\]", re.DOTALL)
 _BEFORE = r"\1"
@@ -46,8 +46,12 @@ def find(model: nn.Module, target: Target) -> list[Tap]:
     names = dict(_modules(model))
     taps = _find(names, target)
     if not taps:
-        clause = f"; {nearest(_ELEMENT.sub(_BEFORE, target), filter(None, names))}" if isinstance(target, str) else ""
-        raise ConvLoRAError(f"distill: layer {describe(target)} selects no module of {type(model).__name__}{clause}")
+        clause = (
+            f"; {nearest_names(_ELEMENT.sub(_BEFORE, target), filter(None, names))}" if isinstance(target, str) else ""
+        )
+        raise ConvLoRAError(
+            f"distill: layer {describe_target(target)} selects no module of {type(model).__name__}{clause}"
+        )
     return taps
 
 
@@ -61,7 +65,7 @@ def _find(names: Mapping[str, nn.Module], target: Target) -> list[Tap]:
             return [Tap(target)]
         if not target.startswith("re:"):
             return [Tap(name) for name in names if name and matches_parts(target, name)]
-    return [Tap(name) for name, module in names.items() if name and selects(target, name, module, "distill")]
+    return [Tap(name) for name, module in names.items() if name and target_selects(target, name, module, "distill")]
 
 
 def matches_parts(pattern: str, name: str) -> bool:
@@ -111,7 +115,7 @@ class Taker:
         Raises:
             ConvLoRAError: a layer did not run, or its output is no tensor.
         """
-        root = unwrap(self.model, "distill")
+        root = unwrap_model(self.model, "distill")
         handles = []
         try:
             for tap, seen in zip(self.taps, self._seen, strict=True):

@@ -13,7 +13,7 @@ from convlora.adapter.specs import specs_from_checkpoint as specs_from_checkpoin
 from convlora.errors import ConvLoRAError, Problems, one_line
 from convlora.factors.base import WeightSpec
 from convlora.formats import locon, loralib, peft, tensors
-from convlora.walk import specs_of as specs_of
+from convlora.model.traversal import specs_of as specs_of
 
 FORMATS = ("convlora", "peft", "locon", "loralib")
 

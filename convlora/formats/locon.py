@@ -28,7 +28,7 @@ from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
 from convlora.formats.tensors import dump, load
-from convlora.targets import nearest
+from convlora.targets import nearest_names
 
 PREFIX, LAYERS = "lycoris", "convlora.layers"
 _FOLDED = 64  # a Tucker file's factor, folded, over its parts: at most the kernel's size, 9 to 49 for images
@@ -159,7 +159,7 @@ def _resolve(names: Collection[str], layers: Mapping[str, WeightSpec]) -> dict[s
         unknown = sorted(name for name in names if _rest(name, closest) not in paths)
         raise ConvLoRAError(
             f"no layer of the base has these names: {', '.join(unknown)}; "
-            f"{nearest(unknown[0].removeprefix(closest), paths)}"
+            f"{nearest_names(unknown[0].removeprefix(closest), paths)}"
         )
     if len(known or fitting) > 1:
         readings = " or ".join(repr(paths[first.removeprefix(prefix)][0]) for prefix in known or fitting)

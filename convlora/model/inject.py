@@ -14,14 +14,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from convlora.bake import plan_baking
 from convlora.config import AdapterConfig, Targets
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.factors.base import WeightSpec, get_factors
 from convlora.layer.adapted import Adapted, adapt, adapted_class, peek_base_tensor, release, slot_of, weight_spec
 from convlora.layer.lowrank import LowRank
-from convlora.targets import describe, per_layer, select
-from convlora.walk import adapted_layers, adapters, own, refuse_stacked, refuse_wrapped, slots, unwrap, with_adapters
+from convlora.model.bake import plan_baking
+from convlora.model.traversal import (
+    adapted_layers,
+    adapter_slots,
+    adapters,
+    own_parameters,
+    refuse_stacked,
+    refuse_wrapped,
+    require_adapters,
+    unwrap_model,
+)
+from convlora.targets import describe_target, select_layers, values_by_layer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -94,11 +103,11 @@ def inject(
         if not isinstance(config, AdapterConfig):
             raise ConvLoRAError(f"inject: config (={config!r}) must be an AdapterConfig")
     root = check_injectable(model, config, "inject")
-    layers, idle = select(root, config.targets, config.exclude, "inject")  # type: ignore[arg-type]
+    layers, idle = select_layers(root, config.targets, config.exclude, "inject")  # type: ignore[arg-type]
     for target in idle:
-        warnings.warn(f"inject: exclude {describe(target)} matches no layer", ConvLoRAWarning, stacklevel=2)
-    layer_ranks = per_layer(config.ranks, config.rank, layers, "inject", "ranks")
-    layer_alphas = per_layer(config.alphas, config.alpha, layers, "inject", "alphas")
+        warnings.warn(f"inject: exclude {describe_target(target)} matches no layer", ConvLoRAWarning, stacklevel=2)
+    layer_ranks = values_by_layer(config.ranks, config.rank, layers, "inject", "ranks")
+    layer_alphas = values_by_layer(config.alphas, config.alpha, layers, "inject", "alphas")
     plan = []
     for path, layer in layers.items():
         r, a = layer_ranks[path], layer_alphas[path]
@@ -110,27 +119,27 @@ def inject(
     if config.bias and not any(placement.bias for placement in plan):
         raise ConvLoRAError(f"inject: bias=True, but none of the {len(plan)} layers has a bias")
     _warn_oversized(plan, config)
-    place(root, plan, named_targets(config, list(layers), root))
+    place_adapter(root, plan, named_targets(config, list(layers), root))
     return model
 
 
 def check_injectable(model: Any, config: AdapterConfig, operation: str) -> nn.Module:
     """The bare model if an adapter of this config can go in; raises otherwise."""
     refuse_wrapped(model, operation)
-    root = unwrap(model, operation)
+    root = unwrap_model(model, operation)
     if config.init not in (inits := get_factors(config.factors).inits):
         raise ConvLoRAError(f"{operation}: {config.factors!r} has no init {config.init!r}; it has {', '.join(inits)}")
     if config.name in (known := adapters(root)):
         raise ConvLoRAError(
             f"{operation}: adapter {config.name!r} is there already (of {sorted(known)}); remove it or use another name"
         )
-    if any(slot.merged for slot in slots(root)):
+    if any(slot.merged for slot in adapter_slots(root)):
         raise ConvLoRAError(f"{operation}: the model is merged; unmerge it first")
     refuse_stacked(root, operation)
     return root
 
 
-def place(root: nn.Module, plan: Sequence[Placement], config: AdapterConfig) -> None:
+def place_adapter(root: nn.Module, plan: Sequence[Placement], config: AdapterConfig) -> None:
     """Carry out a checked plan: make all factors, then put them in and freeze the base."""
     made = []
     for p in plan:
@@ -192,11 +201,11 @@ def remove(model: M, name: str | None = None) -> M:
         'Conv2d'
     """
     refuse_wrapped(model, "remove")
-    root = unwrap(model, "remove")
+    root = unwrap_model(model, "remove")
     if name is None and not adapters(root) and any(_FROZEN in module.__dict__ for module in root.modules()):
         _thaw(root, [])  # the adapters went with a part of the model, `remove(model.body)`
         return model
-    with_adapters(root, "remove", [name] if name is not None else [])
+    require_adapters(root, "remove", [name] if name is not None else [])
     refuse_stacked(root, "remove")
     layers = list(adapted_layers(root).values())
     merged = [layer for layer in layers if slot_of(layer).merged]
@@ -215,24 +224,28 @@ def remove(model: M, name: str | None = None) -> M:
 
 def _freeze(root: nn.Module) -> None:
     trainable = {
-        id(p) for m in root.modules() if not isinstance(m, LowRank) for p in own(m).values() if p.requires_grad
+        id(p)
+        for m in root.modules()
+        if not isinstance(m, LowRank)
+        for p in own_parameters(m).values()
+        if p.requires_grad
     }
     for module in root.modules():
         if isinstance(module, LowRank):
             continue
-        names = [name for name, p in own(module).items() if id(p) in trainable]
+        names = [name for name, p in own_parameters(module).items() if id(p) in trainable]
         if names:
             module.__dict__[_FROZEN] = tuple(dict.fromkeys((*module.__dict__.get(_FROZEN, ()), *names)))
             for name in names:
-                _set_requires_grad(own(module)[name], False)
+                _set_requires_grad(own_parameters(module)[name], False)
 
 
 def _thaw(root: nn.Module, released: Iterable[nn.Module]) -> None:
     """Make trainable again what `inject` froze: everything with the last adapter, else the released layers."""
-    held = {id(p) for layer in adapted_layers(root).values() for p in own(layer).values()}
+    held = {id(p) for layer in adapted_layers(root).values() for p in own_parameters(layer).values()}
     for module in list(root.modules()) if not adapted_layers(root) else released:
         for name in module.__dict__.pop(_FROZEN, ()):
-            p = own(module).get(name)
+            p = own_parameters(module).get(name)
             if p is not None and id(p) not in held:
                 _set_requires_grad(p, True)
 

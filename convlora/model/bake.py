@@ -12,12 +12,12 @@ from torch.nn.utils import parametrize
 
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.layer.adapted import base_tensor, without_side_effects
-from convlora.walk import own
+from convlora.model.traversal import own_parameters
 
 
 def plan_baking(root: nn.Module, merged_layers: Sequence[nn.Module]) -> list[Callable[[], None]]:
     """How the merged values get into the plain layers; to be carried out once the layers are plain."""
-    owners = Counter(id(p) for module in root.modules() for p in own(module).values())
+    owners = Counter(id(p) for module in root.modules() for p in own_parameters(module).values())
     steps: list[Callable[[], None]] = []
     untied = baked = 0
     for layer, kind in itertools.product(merged_layers, ("weight", "bias")):

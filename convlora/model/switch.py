@@ -15,7 +15,14 @@ from convlora.factors.fuse import is_finite
 from convlora.layer.adapted import slot_of, without_side_effects
 from convlora.layer.rows import SampleRows
 from convlora.layer.threads import switching
-from convlora.walk import adapted_layers, refuse_sharded, refuse_stacked, root_and_slots, slots, with_adapters
+from convlora.model.traversal import (
+    adapted_layers,
+    adapter_slots,
+    model_and_slots,
+    refuse_sharded,
+    refuse_stacked,
+    require_adapters,
+)
 
 M = TypeVar("M", bound=nn.Module)
 Names = str | Iterable[str] | Mapping[str, float]
@@ -35,7 +42,7 @@ def activate(model: M, names: Names) -> M:
         >>> _ = activate(model, {"rain": 0.5})
     """
     strengths = _strengths(names, "activate")
-    root, found = root_and_slots(model, "activate", strengths)
+    root, found = model_and_slots(model, "activate", strengths)
     with switching(root, "activate"):
         for slot in found:
             slot.activate(strengths)
@@ -53,7 +60,7 @@ def disabled(model: M) -> Iterator[M]:
         ...     model[0].weight is dict(model.named_parameters())["0.weight"]
         True
     """
-    with _restored(with_adapters(model, "disabled")):
+    with _restored(require_adapters(model, "disabled")):
         activate(model, [])
         yield model
 
@@ -83,7 +90,7 @@ def per_sample(model: M, names: Sequence[str | None], *, folded: bool = False) -
             f"per_sample: expected a list with an adapter's name or None for each sample, got {names!r}"
         )
     named = _strengths([name for name in names if name is not None], "per_sample")
-    _, chosen = root_and_slots(model, "per_sample", named)
+    _, chosen = model_and_slots(model, "per_sample", named)
     if any(slot.merged for slot in chosen):
         raise ConvLoRAError("per_sample: the model is merged, one weight for all samples; unmerge first")
     before = [slot._rows for slot in chosen]
@@ -117,7 +124,7 @@ def _strengths(names: Names, operation: str) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _restored(root: nn.Module) -> Iterator[None]:
-    before = [(slot, slot.state()) for slot in slots(root)]
+    before = [(slot, slot.state()) for slot in adapter_slots(root)]
     try:
         yield
     finally:
@@ -148,7 +155,7 @@ def merge(model: M, names: Names | None = None, *, check_finite: bool = True, ex
         False
     """
     strengths = None if names is None else _strengths(names, "merge")
-    root = with_adapters(model, "merge", strengths or ())
+    root = require_adapters(model, "merge", strengths or ())
     refuse_sharded(root, "merge")
     refuse_stacked(root, "merge")
     with switching(root, "merge"):
@@ -157,7 +164,7 @@ def merge(model: M, names: Names | None = None, *, check_finite: bool = True, ex
 
 
 def _merge(root: nn.Module, strengths: Mapping[str, float] | None, check_finite: bool, exact: bool) -> None:
-    before = [(slot, slot.state()) for slot in slots(root)]
+    before = [(slot, slot.state()) for slot in adapter_slots(root)]
     bad = []
     try:
         for path, layer in adapted_layers(root).items():
@@ -188,9 +195,9 @@ def unmerge(model: M) -> M:
         >>> unmerge(merge(model))[0].weight.requires_grad
         True
     """
-    root = with_adapters(model, "unmerge")
+    root = require_adapters(model, "unmerge")
     with switching(root, "unmerge"):
-        for slot in slots(root):
+        for slot in adapter_slots(root):
             slot.unmerge()
     return model
 
@@ -206,6 +213,6 @@ def merged(model: M) -> Iterator[M]:
         >>> with merged(model):
         ...     y = model(torch.ones(1, 3, 8, 8))
     """
-    with _restored(with_adapters(model, "merged")):
+    with _restored(require_adapters(model, "merged")):
         merge(model)
         yield model

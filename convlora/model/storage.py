@@ -19,9 +19,9 @@ from convlora.layer.adapted import Adapted, peek_base_tensor, slot_of, weight_sp
 from convlora.layer.lowrank import LowRank
 from convlora.layer.sharded import device_mesh_of, full_tensor, is_first_rank, is_sharded, on_all_ranks, reshard_model
 from convlora.layer.threads import in_threads, steady, switching
-from convlora.model import Placement, check_injectable, place
-from convlora.targets import nearest
-from convlora.walk import adapted_layers, only_name, unwrap
+from convlora.model.inject import Placement, check_injectable, place_adapter
+from convlora.model.traversal import adapted_layers, only_adapter_name, unwrap_model
+from convlora.targets import nearest_names
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,10 +45,10 @@ def adapter(model: nn.Module, name: str | None = None) -> Adapter:
 
 
 def _take(model: nn.Module, name: str | None, copy: bool) -> Adapter:
-    name = only_name(model, name, "adapter")
+    name = only_adapter_name(model, name, "adapter")
     reshard_model(model, "adapter")
     paths: dict[nn.Module, list[str]] = {}
-    for path, module in unwrap(model, "adapter").named_modules(remove_duplicate=False):
+    for path, module in unwrap_model(model, "adapter").named_modules(remove_duplicate=False):
         if isinstance(module, Adapted) and name in slot_of(module).names():
             paths.setdefault(module, []).append(path)
     layers = {}
@@ -112,7 +112,7 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
         ...     _ = save(inject(base, targets="*", rank=1), f"{folder}/rain.safetensors")
         ...     fresh = load(fresh, f"{folder}/rain.safetensors")
     """
-    root = unwrap(model, "load")
+    root = unwrap_model(model, "load")
     reshard_model(root, "load")
     loaded = on_all_ranks(device_mesh_of(root), lambda: path if isinstance(path, Adapter) else Adapter.read(path))
     config = loaded.config if name is None else loaded.config.replace(name=name)
@@ -126,7 +126,7 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
     problems.missing += [p for p in left_out if p not in bad]
     complaint = str(problems)
     if problems.unexpected:
-        complaint += f"; {nearest(problems.unexpected[0].split(' ')[0], dict(root.named_modules()))}"
+        complaint += f"; {nearest_names(problems.unexpected[0].split(' ')[0], dict(root.named_modules()))}"
     if problems and (strict or not fitting):
         hint = f"; adapter {config.name!r} is on the model already: name= loads beside it" if present else ""
         raise ConvLoRAError(f"load: {complaint}{hint}")
@@ -139,7 +139,7 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
             stacklevel=2,
         )
     if not present:
-        place(root, [_placement(p, layer, loaded.layers[p]) for p, layer in fitting.items()], config)
+        place_adapter(root, [_placement(p, layer, loaded.layers[p]) for p, layer in fitting.items()], config)
         return model
     with switching(root, "load"):
         for p, layer in fitting.items():

@@ -16,7 +16,7 @@ from convlora.layer.sharded import is_managed, is_sharded
 from convlora.layer.slot import Slot
 
 
-def unwrap(model: Any, operation: str) -> nn.Module:
+def unwrap_model(model: Any, operation: str) -> nn.Module:
     """The module inside wrappers (`torch.compile`, DDP, DataParallel, AveragedModel): names are the bare model's."""
     if not isinstance(model, nn.Module):
         raise ConvLoRAError(f"{operation}: expected an nn.Module, got {type(model).__name__}")
@@ -34,7 +34,7 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
-def slots(model: nn.Module) -> list[Slot]:
+def adapter_slots(model: nn.Module) -> list[Slot]:
     """The slots of all adapted layers, each once, in model order; quick, since every switch asks."""
     found, seen, ahead = [], set(), [model]
     while ahead:
@@ -59,7 +59,7 @@ def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
         >>> adapters(model)["default"].rank
         2
     """
-    found = slots(unwrap(model, "adapters"))
+    found = adapter_slots(unwrap_model(model, "adapters"))
     return {name: slot.low_rank(name).config for slot in found for name in slot.names()}
 
 
@@ -75,14 +75,14 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
         >>> [tuple(p.shape) for p in parameters(model)]
         [(6, 9), (24, 6)]
     """
-    found = slots(with_adapters(model, "parameters", [name] if name is not None else []))
+    found = adapter_slots(require_adapters(model, "parameters", [name] if name is not None else []))
     chosen = (slot.low_rank(n) for slot in found for n in slot.names() if name in (None, n))
     return [p for low_rank in chosen for p in low_rank.parameters() if p.requires_grad]
 
 
-def only_name(model: nn.Module, name: str | None, operation: str) -> str:
+def only_adapter_name(model: nn.Module, name: str | None, operation: str) -> str:
     """The adapter that a call means: the named one, or the only one."""
-    root = with_adapters(model, operation, [name] if name is not None else [])
+    root = require_adapters(model, operation, [name] if name is not None else [])
     refuse_stacked(root, operation)
     known = adapters(root)
     if name is None and len(known) > 1:
@@ -90,15 +90,15 @@ def only_name(model: nn.Module, name: str | None, operation: str) -> str:
     return next(iter(known)) if name is None else name
 
 
-def with_adapters(model: nn.Module, operation: str, names: Iterable[str] = ()) -> nn.Module:
+def require_adapters(model: nn.Module, operation: str, names: Iterable[str] = ()) -> nn.Module:
     """The bare model, which has the named adapters, or at least one."""
-    return root_and_slots(model, operation, names)[0]
+    return model_and_slots(model, operation, names)[0]
 
 
-def root_and_slots(model: nn.Module, operation: str, names: Iterable[str] = ()) -> tuple[nn.Module, list[Slot]]:
+def model_and_slots(model: nn.Module, operation: str, names: Iterable[str] = ()) -> tuple[nn.Module, list[Slot]]:
     """The same, and the slots of its adapted layers, of which there is at least one."""
-    root = unwrap(model, operation)
-    found = slots(root)
+    root = unwrap_model(model, operation)
+    found = adapter_slots(root)
     known = {name for slot in found for name in slot._modules}
     if not known:
         raise ConvLoRAError(f"{operation}: the model has no adapters; inject or load one first")
@@ -108,7 +108,7 @@ def root_and_slots(model: nn.Module, operation: str, names: Iterable[str] = ()) 
     return root, found
 
 
-def own(module: nn.Module) -> dict[str, nn.Parameter]:
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The Parameters that a module holds itself."""
     return {name: p for name, p in module._parameters.items() if p is not None}
 
@@ -145,5 +145,5 @@ def specs_of(model: nn.Module) -> dict[str, WeightSpec]:
         >>> specs_of(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU()))
         {'0': WeightSpec(shape=(8, 2, 3, 3), groups=2, transposed=False)}
     """
-    named = unwrap(model, "specs_of").named_modules()
+    named = unwrap_model(model, "specs_of").named_modules()
     return {path: weight_spec(layer) for path, layer in named if why_not(layer) is None}
