@@ -13,11 +13,13 @@ from convlora import distill as distill
 from convlora import formats as formats
 from convlora import hub as hub
 from convlora.adapter.adapter import Adapter as Adapter
-from convlora.allocate import allocate_ranks as allocate_ranks
 from convlora.config import AdapterConfig as AdapterConfig
 from convlora.errors import ConvLoRAError as ConvLoRAError
 from convlora.errors import ConvLoRAWarning as ConvLoRAWarning
 from convlora.factors.base import register_factors as register_factors
+from convlora.inspect.allocate import allocate_ranks as allocate_ranks
+from convlora.inspect.report import audit as audit
+from convlora.inspect.report import summary as summary
 from convlora.model.inject import inject as inject
 from convlora.model.inject import remove as remove
 from convlora.model.storage import adapter as adapter
@@ -31,7 +33,5 @@ from convlora.model.switch import per_sample as per_sample
 from convlora.model.switch import unmerge as unmerge
 from convlora.model.traversal import adapters as adapters
 from convlora.model.traversal import parameters as parameters
-from convlora.report import audit as audit
-from convlora.report import summary as summary
 
 __version__ = "0.1.0"

@@ -16,11 +16,11 @@ from oracle import LAYERS, NET_INPUT, adapted_net, build, net, snapshot
 from torch import Tensor, nn
 
 import convlora
-from convlora.allocate import _component_squares
 from convlora.config import AdapterConfig
 from convlora.factors.base import WeightSpec, get_factors
+from convlora.inspect.allocate import _component_squares
+from convlora.inspect.probe import measure_gradients
 from convlora.layer.adapted import weight_spec
-from convlora.probe import measure
 
 FACTORS = ("convlora", "locon")
 
@@ -120,7 +120,7 @@ def probed(model: nn.Module, batches: list[Any], loss: Callable[..., Tensor] = s
     config = AdapterConfig(targets="*", name="probed")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     layers |= {name: m for name, m in model.named_modules() if name == "" and not list(m.children())}
-    return measure(model, layers, config, batches, loss)
+    return measure_gradients(model, layers, config, batches, loss)
 
 
 @pytest.mark.parametrize("hazard", LAYERS)

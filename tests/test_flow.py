@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from convlora.flow import CONSTANT, Flow, leaves, with_gradient
+from convlora.inspect.flow import CONSTANT, DataFlow, leaves_with_gradient, nested_leaves
 
 W, X = torch.rand(4, 4), torch.rand(4, 4)
 
@@ -54,7 +54,7 @@ DEPENDING: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 @pytest.mark.parametrize("case", DEPENDING)
 def test_marks_follow_values(case: str) -> None:
-    with Flow([W, X]) as flow:
+    with DataFlow([W, X]) as flow:
         flow.mark(W, 1)
         output = DEPENDING[case](W, X)
     assert flow.marks_of(output) == {1}
@@ -71,7 +71,7 @@ INDEPENDENT: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 @pytest.mark.parametrize("case", INDEPENDENT)
 def test_nothing_else_is_marked(case: str) -> None:
-    with Flow([W, X]) as flow:
+    with DataFlow([W, X]) as flow:
         flow.mark(W, 1)
         output = INDEPENDENT[case](W, X)
     assert flow.marks_of(output) == set()
@@ -79,7 +79,7 @@ def test_nothing_else_is_marked(case: str) -> None:
 
 def test_what_no_operation_made_depends_on_everything_before() -> None:
     outside = torch.rand(CONSTANT + 1)
-    with Flow([W, X]) as flow:
+    with DataFlow([W, X]) as flow:
         flow.mark(W, 1)
         assert flow.marks_of(outside * 2) == {1}
         flow.mark(X, 2)
@@ -89,7 +89,7 @@ def test_what_no_operation_made_depends_on_everything_before() -> None:
 
 def test_writes_are_seen_behind_the_data_attribute() -> None:
     weight, other = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4))
-    with Flow() as flow:
+    with DataFlow() as flow:
         weight.data[1:].mul_(2)
         other.data.mul(2)
     assert flow.wrote_to(weight)
@@ -105,15 +105,15 @@ def test_leaves_are_found_once_in_objects_that_hold_each_other() -> None:
 
     first = Output(W)
     first.parent = Output(X, parent=[first])
-    assert [id(leaf) for leaf in leaves(first)] == [id(W), id(X)]
+    assert [id(leaf) for leaf in nested_leaves(first)] == [id(W), id(X)]
 
 
 def test_gradients_are_told_by_the_graph() -> None:
     used, cut, frozen = (nn.Parameter(torch.rand(4, 4)) for _ in range(3))
     frozen.requires_grad_(False)
     output = {"y": F.linear(X, used) + cut.data + cut.detach(), "n": cut.argmax()}
-    assert with_gradient(output) == {id(used)}
-    assert with_gradient(X) == set()
+    assert leaves_with_gradient(output) == {id(used)}
+    assert leaves_with_gradient(X) == set()
     again = checkpoint(F.linear, X.clone().requires_grad_(), used, use_reentrant=False)
-    assert id(used) in (with_gradient(again) or ())
-    assert with_gradient(checkpoint(F.linear, X.clone().requires_grad_(), used, use_reentrant=True)) is None
+    assert id(used) in (leaves_with_gradient(again) or ())
+    assert leaves_with_gradient(checkpoint(F.linear, X.clone().requires_grad_(), used, use_reentrant=True)) is None

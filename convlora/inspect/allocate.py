@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from convlora.config import AdapterConfig, Targets
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.factors.base import Factorization, WeightSpec, get_factors
+from convlora.inspect.probe import measure_gradients
 from convlora.layer.adapted import weight_spec
 from convlora.model.inject import check_injectable
-from convlora.probe import measure
 from convlora.targets import describe_target, select_layers
 
 _ROUNDING = 1e-12  # of the squared norm: what a gradient summed in float32 has beyond its true rank
@@ -100,7 +100,7 @@ def allocate_ranks(
             f"allocate_ranks: budget (={budget}) pays for no layer; rank 1 of '{cheapest}', the cheapest of"
             f" {len(layers)}, has {prices[cheapest][0]} parameters"
         )
-    measured = measure(root, layers, config, batches, loss)
+    measured = measure_gradients(root, layers, config, batches, loss)
     worths = {path: _worths(factorization, specs[path], *measured[path]) for path in layers}
     ranks = _spend(budget, worths, prices)
     if not any(ranks.values()):

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.factors.fuse import is_finite
+from convlora.inspect.restored import restored
 from convlora.layer.adapted import adapt, peek_base_tensor, release, weight_spec
 from convlora.layer.lowrank import LowRank
 from convlora.model.inject import check_adaptable
-from convlora.putback import put_back
 
 
 class _Probe(LowRank):
@@ -55,7 +55,7 @@ def _probing(layers: Mapping[str, nn.Module], config: AdapterConfig) -> Iterator
             release(layers[path], config.name)
 
 
-def measure(
+def measure_gradients(
     root: nn.Module,
     layers: Mapping[str, nn.Module],
     config: AdapterConfig,
@@ -77,7 +77,7 @@ def measure(
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices),
-        put_back(root, parameter_values=False),
+        restored(root, parameter_values=False),
         _probing(layers, config) as probes,
     ):
         for number, batch in enumerate(batches, 1):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def put_back(root: nn.Module, *, parameter_values: bool = True) -> Iterator[None]:
+def restored(root: nn.Module, *, parameter_values: bool = True) -> Iterator[None]:
     """Restore mode, attributes, Parameters and buffers of all modules, their values included.
 
     Args:

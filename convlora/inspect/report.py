@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convlora.flow import Flow, leaves, with_gradient
+from convlora.inspect.flow import DataFlow, leaves_with_gradient, nested_leaves
+from convlora.inspect.restored import restored
 from convlora.layer.adapted import peek_base_tensor, slot_of, watching_reads
 from convlora.model.switch import activate, disabled
 from convlora.model.traversal import adapted_layers, adapter_slots, refuse_sharded, require_adapters, unwrap_model
-from convlora.putback import put_back
 from convlora.support.table import text_table
 
 
@@ -180,7 +180,7 @@ def audit(model: nn.Module, *inputs: Any, **named: Any) -> Audit:
         torch.random.fork_rng(enabled=True),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
-        put_back(root),
+        restored(root),
         disabled(root),
     ):
         for slot in adapter_slots(root):
@@ -189,7 +189,7 @@ def audit(model: nn.Module, *inputs: Any, **named: Any) -> Audit:
             root.train(training)
             activate(root, [])  # adapters off: the layer hands out its own Parameter, so a write reaches it
             before = {id(layer): _mark(layer) for layer in layers.values()}
-            with Flow() as flow:
+            with DataFlow() as flow:
                 root(*inputs, **named)
             activate(root, every)
             for layer in layers.values():
@@ -225,7 +225,7 @@ class _Run:
 
 
 def _run(root: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], training: bool) -> _Run:
-    held = [leaf for leaf in leaves((root, inputs, named)) if isinstance(leaf, Tensor)]
+    held = [leaf for leaf in nested_leaves((root, inputs, named)) if isinstance(leaf, Tensor)]
     differentiable = not torch.is_inference_mode_enabled() and not any(t.is_inference() for t in held)
     read: set[int] = set()
 
@@ -233,9 +233,9 @@ def _run(root: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], traini
         read.add(id(layer))
         flow.mark(weight, id(layer))
 
-    with torch.set_grad_enabled(training and differentiable), watching_reads(on_read), Flow(held) as flow:
+    with torch.set_grad_enabled(training and differentiable), watching_reads(on_read), DataFlow(held) as flow:
         output = root(*inputs, **named)
-    return _Run(read, flow.marks_of(output), with_gradient(output) if training and differentiable else None)
+    return _Run(read, flow.marks_of(output), leaves_with_gradient(output) if training and differentiable else None)
 
 
 def _trains(layer: nn.Module, trained: set[int] | None) -> bool | None:

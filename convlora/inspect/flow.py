@@ -19,7 +19,7 @@ _NESTED = (dict, list, tuple, set, frozenset)
 CONSTANT = 64  # as many numbers as code may write down itself, `torch.tensor([0.5, 0.5])`
 
 
-class Flow(TorchDispatchMode):
+class DataFlow(TorchDispatchMode):
     """Inside the block, whatever is computed from a marked tensor gets its mark.
 
     Marks are on memory, so that views and writes in place carry them. In doubt everything marked so far counts: for a
@@ -58,7 +58,7 @@ class Flow(TorchDispatchMode):
     def marks_of(self, output: Any) -> set[int]:
         """The keys of all that the tensors of a nested output were computed from."""
         bits = self._left
-        for leaf in leaves(output):
+        for leaf in nested_leaves(output):
             bits |= self._of(leaf) if isinstance(leaf, Tensor) else self._every
         return {key for key, bit in self._keys.items() if bits & bit}
 
@@ -87,7 +87,7 @@ class Flow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = [leaf for leaf in nested_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func is torch.ops.aten.lift_fresh.default and given[0].numel() <= CONSTANT:
             self._add(given[0], 0)
         bits = 0
@@ -99,7 +99,7 @@ class Flow(TorchDispatchMode):
         for tensor in _written(func, args, kwargs):
             self._add(tensor, bits)
             self._written.add(_memory(tensor))
-        for tensor in leaves(result):
+        for tensor in nested_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor, bits)
         return result
@@ -113,7 +113,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ite
     for i, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            yield from (leaf for leaf in leaves(value) if isinstance(leaf, Tensor))
+            yield from (leaf for leaf in nested_leaves(value) if isinstance(leaf, Tensor))
 
 
 def _memory(tensor: Tensor) -> int | None:
@@ -124,7 +124,7 @@ def _memory(tensor: Tensor) -> int | None:
         return None
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def nested_leaves(value: Any) -> Iterator[Any]:
     """The tensors inside a nested value, attributes of objects included, and whatever may hide some: no plain data.
 
     Example:
@@ -150,7 +150,7 @@ def leaves(value: Any) -> Iterator[Any]:
             yield value
 
 
-def with_gradient(output: Any) -> set[int] | None:
+def leaves_with_gradient(output: Any) -> set[int] | None:
     """The ids of the leaf tensors to which a nested output gives gradients, by its autograd graph, without a backward.
 
     None if the graph cannot tell: reentrant checkpointing makes a part of it during the backward.
@@ -161,7 +161,7 @@ def with_gradient(output: Any) -> set[int] | None:
         True
     """
     found = set()
-    nodes = [leaf.grad_fn for leaf in leaves(output) if isinstance(leaf, Tensor)]
+    nodes = [leaf.grad_fn for leaf in nested_leaves(output) if isinstance(leaf, Tensor)]
     seen = set()
     while nodes:
         node = nodes.pop()
