@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import convlora
 from convlora import ConvLoRAError
 from convlora.distill import Distiller, spatial_affinity
-from convlora.distill.taps import Taker, Tap, find
+from convlora.distill.taps import FeatureTaker, FeatureTap, find_taps
 
 
 class Block(nn.Module):
@@ -225,20 +225,24 @@ def test_inputs_by_position_and_by_name() -> None:
 
 def test_names_elements_and_globs() -> None:
     model = student()
-    assert find(model, "block_1") == [Tap("block_1")]
-    assert find(model, "block_1[0]") == [Tap("block_1", (0,))]
-    assert find(model, "block_[12]") == [Tap("block_1"), Tap("block_2")]
-    assert find(model, "block_[12][-1]") == [Tap("block_1", (-1,)), Tap("block_2", (-1,))]
-    assert find(model, "block_*") == [Tap("block_1"), Tap("block_2")]
-    assert find(model, "block_1.*") == [Tap("block_1.first"), Tap("block_1.second"), Tap("block_1.act")]
-    assert find(model, "block_*[0][key]") == [Tap("block_1", (0, "key")), Tap("block_2", (0, "key"))]
-    assert find(model, r"re:block_1\.(first|act)") == [Tap("block_1.first"), Tap("block_1.act")]
-    assert find(model, nn.BatchNorm2d) == [Tap("norm")]
-    assert find(model, lambda name, module: name == "tail") == [Tap("tail")]
-    assert find(model, "second") == [Tap("block_1.second"), Tap("block_2.second")]
-    assert find(model, "") == [Tap("")]
-    assert str(Tap("a.b", (0, "key"))) == "a.b[0][key]"
-    assert not any("convlora" in tap.module for tap in find(model, "*"))
+    assert find_taps(model, "block_1") == [FeatureTap("block_1")]
+    assert find_taps(model, "block_1[0]") == [FeatureTap("block_1", (0,))]
+    assert find_taps(model, "block_[12]") == [FeatureTap("block_1"), FeatureTap("block_2")]
+    assert find_taps(model, "block_[12][-1]") == [FeatureTap("block_1", (-1,)), FeatureTap("block_2", (-1,))]
+    assert find_taps(model, "block_*") == [FeatureTap("block_1"), FeatureTap("block_2")]
+    assert find_taps(model, "block_1.*") == [
+        FeatureTap("block_1.first"),
+        FeatureTap("block_1.second"),
+        FeatureTap("block_1.act"),
+    ]
+    assert find_taps(model, "block_*[0][key]") == [FeatureTap("block_1", (0, "key")), FeatureTap("block_2", (0, "key"))]
+    assert find_taps(model, r"re:block_1\.(first|act)") == [FeatureTap("block_1.first"), FeatureTap("block_1.act")]
+    assert find_taps(model, nn.BatchNorm2d) == [FeatureTap("norm")]
+    assert find_taps(model, lambda name, module: name == "tail") == [FeatureTap("tail")]
+    assert find_taps(model, "second") == [FeatureTap("block_1.second"), FeatureTap("block_2.second")]
+    assert find_taps(model, "") == [FeatureTap("")]
+    assert str(FeatureTap("a.b", (0, "key"))) == "a.b[0][key]"
+    assert not any("convlora" in tap.module for tap in find_taps(model, "*"))
 
 
 def test_an_element_of_a_mapping() -> None:
@@ -260,8 +264,8 @@ def test_an_element_of_a_mapping() -> None:
 def test_features_are_safe_from_an_activation_in_place() -> None:
     model, x = student().eval(), batch()
     expected = F.conv2d(model.head(x), model.block_1.first.weight, model.block_1.first.bias, padding=1)
-    _, found = Taker(model, find(model, "block_1.first"))(x)
-    (feature,) = found[Tap("block_1.first")]
+    _, found = FeatureTaker(model, find_taps(model, "block_1.first"))(x)
+    (feature,) = found[FeatureTap("block_1.first")]
     torch.testing.assert_close(feature, expected)
     seen: list[Tensor] = []
     handle = model.block_1.first.register_forward_hook(lambda _m, _i, out: seen.append(out))

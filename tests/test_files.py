@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from convlora import ConvLoRAError, ConvLoRAWarning
-from convlora.files import Checkpoint
+from convlora.formats.checkpoints import Checkpoint
 
 
 def state(**more: Tensor) -> dict[str, Tensor]:

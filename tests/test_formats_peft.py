@@ -22,7 +22,7 @@ import convlora
 from convlora import ConvLoRAError, formats
 from convlora.adapter.parts import BIAS_DELTA
 from convlora.formats import peft as peft_format
-from convlora.formats.patterns import Patterns
+from convlora.formats.patterns import LayerPatterns
 
 PLAIN = ["1d", "2d", "3d"]  # PEFT refuses some grouped convolutions, and LoRA of the others is none of their weights
 pytestmark = pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
@@ -141,7 +141,7 @@ def test_patterns_match_as_those_of_peft(peft: Any) -> None:
         for first, second in zip(patterns, patterns[1:] + patterns[:1], strict=True):
             values = {first: 1, second: 2}
             expected = values.get(get_pattern_key(values.keys(), path), 0)
-            found = Patterns(values, "a file").values(path)
+            found = LayerPatterns(values, "a file").values(path)
             assert [*found, 0][0] == expected, (path, first, second)
 
 

@@ -14,15 +14,15 @@ from convlora.adapter.adapter import Adapter
 from convlora.adapter.algebra import dense_delta
 from convlora.adapter.checkpoint import apply_adapters
 from convlora.adapter.parts import BIAS_DELTA, LayerFactors
-from convlora.cli.architecture import recognise
+from convlora.cli.architecture import recognise_architecture
 from convlora.cli.console import emit, progress
-from convlora.cli.inputs import OTHER_BASE, place, read_adapter, read_base, same_base, size
+from convlora.cli.inputs import OTHER_BASE, fit_to_base, is_same_base, read_adapter, read_base, size_in_bytes
 from convlora.cli.options import BaseOption, File, Json
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
-from convlora.files import Checkpoint
 from convlora.formats import specs_from_checkpoint, specs_of
+from convlora.formats.checkpoints import Checkpoint
 from convlora.support.progress import counted_steps
 from convlora.support.table import text_table
 from convlora.targets import nearest_names, select_layers, values_by_layer
@@ -46,7 +46,7 @@ def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
     report = {
         "file": str(file),
         "format": format,
-        "bytes": size(file),
+        "bytes": size_in_bytes(file),
         "checksum": "ok" if format == "convlora" else None,
         "fingerprint": adapter.fingerprint,
         "name": adapter.config.name,
@@ -142,7 +142,7 @@ def layers(
       convlora layers RealESRGAN_x4plus.pth "*.conv[12].0" --exclude "*.RDB3.*"
     """
     state = Checkpoint.read(checkpoint).state
-    known = recognise(state)
+    known = recognise_architecture(state)
     every = specs_of(known.model) if known else specs_from_checkpoint(state)
     if not every:
         raise ConvLoRAError(f"layers: '{checkpoint}' has no layer that can be adapted")
@@ -222,12 +222,12 @@ def _against(adapter: Adapter, file: Path, checkpoint: Checkpoint, base: Path) -
     """What becomes of an adapter on a base: whether it fits, and whether the base is the one that was adapted."""
     state = checkpoint.fitting(adapter.layers).state
     try:
-        placed = place(adapter, state, file, base, "verify")
+        placed = fit_to_base(adapter, state, file, base, "verify")
         with progress("merging"):
             apply_adapters([(placed, 1.0)], state)
     except ConvLoRAError as error:
         return {"fits": {"ok": False, "what": _cause(error)}}
-    same = same_base(adapter, placed, state)
+    same = is_same_base(adapter, placed, state)
     words = {True: f"'{base}' was adapted", False: OTHER_BASE.format(file)}
     return {
         "fits": {"ok": True, "what": f"on '{base}', merged values finite"},

@@ -27,7 +27,7 @@ from convlora.adapter.parts import BIAS_DELTA, LayerFactors
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
-from convlora.formats.tensors import dump, load
+from convlora.formats.tensors import read_tensors, write_tensors
 from convlora.targets import nearest_names
 
 PREFIX, LAYERS = "lycoris", "convlora.layers"
@@ -53,7 +53,7 @@ def recognises(names: Iterable[str]) -> bool:
 
 def read(path: str | os.PathLike[str], layers: Mapping[str, WeightSpec] | None) -> Adapter:
     """Read a LoCon file; see `convlora.formats.read`."""
-    tensors, metadata = load(path)
+    tensors, metadata = read_tensors(path)
     stated = layers_from_json(metadata[LAYERS]) if LAYERS in metadata else {}
     own = _by_name(tensors)
     base = layers if layers is not None else {p: layer.spec for p, layer in stated.items()}
@@ -213,7 +213,7 @@ def write(adapter: Adapter, path: str | os.PathLike[str], prefix: str | None) ->
         tensors[f"{name}.{_DOWN}"] = layer.tensors["lora_A"].reshape(layer.rank, *layer.spec.shape[1:])
         tensors[f"{name}.{_UP}"] = up
         tensors[f"{name}.{_ALPHA}"] = torch.tensor(float(alpha))
-    dump(path, tensors, {"format": "pt", LAYERS: layers_to_json(layers)})
+    write_tensors(path, tensors, {"format": "pt", LAYERS: layers_to_json(layers)})
 
 
 def _check(path: str, layer: LayerFactors) -> None:

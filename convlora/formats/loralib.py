@@ -26,7 +26,7 @@ from convlora.adapter.parts import BIAS_DELTA, LayerFactors, tensor_key
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
-from convlora.formats.tensors import dump, load
+from convlora.formats.tensors import read_tensors, write_tensors
 
 LAYERS = "convlora.layers"
 _FACTORS = ("lora_A", "lora_B")
@@ -41,7 +41,7 @@ def read(
     path: str | os.PathLike[str], layers: Mapping[str, WeightSpec] | None, rank: int | None, alpha: float | None
 ) -> Adapter:
     """Read a loralib state dict; see `convlora.formats.read`."""
-    tensors, metadata = load(path)
+    tensors, metadata = read_tensors(path)
     stated = layers_from_json(metadata[LAYERS]) if LAYERS in metadata else {}
     if alpha is None and not stated:
         raise ConvLoRAError("a loralib file does not state lora_alpha; give alpha= (loralib's default is 1)")
@@ -150,7 +150,7 @@ def write(adapter: Adapter, path: str | os.PathLike[str], alpha: float | None) -
             b = (b.double() * (layer.alpha / alpha)).to(b.dtype)
         tensors.update({tensor_key(layer_path, "lora_A"): a, tensor_key(layer_path, "lora_B"): b})
         written[layer_path] = replace(layer, alpha=layer.alpha if alpha is None else alpha)
-    dump(path, tensors, {"format": "pt", LAYERS: layers_to_json(written)})
+    write_tensors(path, tensors, {"format": "pt", LAYERS: layers_to_json(written)})
 
 
 def _check(layers: Mapping[str, LayerFactors]) -> None:

@@ -30,8 +30,8 @@ from convlora.adapter.parts import BIAS_DELTA, LayerFactors
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems, one_line
 from convlora.factors.base import WeightSpec
-from convlora.formats.patterns import Patterns
-from convlora.formats.tensors import load
+from convlora.formats.patterns import LayerPatterns
+from convlora.formats.tensors import read_tensors
 from convlora.support.atomic import write_folder
 from convlora.support.jsontext import parse_json
 from convlora.support.safetensors import read_regular_file, to_safetensors
@@ -72,7 +72,7 @@ def read(path: str | os.PathLike[str]) -> Adapter:
     _refuse(settings)
     if not os.path.isfile(folder / WEIGHTS) and os.path.isfile(folder / PICKLE):
         raise ConvLoRAError(f"{PICKLE} is a pickle, which can run code; save with safe_serialization=True in PEFT")
-    tensors = _by_layer(load(folder / WEIGHTS)[0])
+    tensors = _by_layer(read_tensors(folder / WEIGHTS)[0])
     scaling = "sqrt" if settings.get("use_rslora") else "linear"
     config = AdapterConfig(targets="*", factors="locon", rank_scaling=scaling)
     ranks, alphas = (_patterns(settings, field) for field in ("rank_pattern", "alpha_pattern"))
@@ -146,11 +146,11 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
-def _patterns(settings: Mapping[str, Any], field: str) -> Patterns:
+def _patterns(settings: Mapping[str, Any], field: str) -> LayerPatterns:
     patterns = settings.get(field) or {}
     if not isinstance(patterns, dict):
         raise ConvLoRAError(f"{CONFIG}: {field} is no JSON object")
-    return Patterns(patterns, f"{CONFIG}: {field}")
+    return LayerPatterns(patterns, f"{CONFIG}: {field}")
 
 
 def _layer(path: str, own: Mapping[str, Tensor], rank: int, alpha: float, scale: float) -> LayerFactors:

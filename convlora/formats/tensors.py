@@ -20,7 +20,7 @@ from convlora.support.safetensors import from_safetensors, read_regular_file, sa
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a file; torch's files have none.
 
     Raises:
@@ -50,7 +50,7 @@ def header(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
         raw = read_regular_file(path)
         if _is_safetensors(path, raw):
             return safetensors_header(raw)
-    tensors, metadata = load(path)
+    tensors, metadata = read_tensors(path)
     return list(tensors), metadata
 
 
@@ -77,7 +77,7 @@ def _natural(name: str) -> str:
     return re.sub(r"\d+", lambda digits: digits[0].zfill(6), name)
 
 
-def dump(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write named tensors, atomically, as the suffix says; torch's own files carry no metadata.
 
     Raises:
