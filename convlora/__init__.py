@@ -31,6 +31,7 @@ from convlora.model.switch import merge as merge
 from convlora.model.switch import merged as merged
 from convlora.model.switch import per_sample as per_sample
 from convlora.model.switch import unmerge as unmerge
+from convlora.model.switch import using as using
 from convlora.model.traversal import adapters as adapters
 from convlora.model.traversal import parameters as parameters
 

@@ -22,8 +22,8 @@ LARGEST = 1e18  # of an alpha or a strength: products stay within float32
 
 # An adapter's name becomes that of a submodule: it cannot be that of an attribute of the module that holds adapters.
 _RESERVED = frozenset(dir(nn.Module())) | {
-    "activate", "active", "effective", "low_rank", "merge", "merged", "names", "restore", "state", "strengths", "swap",
-    "unmerge",
+    "activate", "active", "by_rows", "choices", "effective", "low_rank", "merge", "merged", "names", "only_acting",
+    "restore", "sample_rows", "state", "strengths", "swap", "unmerge",
 }  # fmt: skip
 
 

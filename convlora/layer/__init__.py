@@ -1,1 +1,1 @@
-"""One live layer with adapters: how it becomes one (adapted.py), what acts on it, and the forms in which it computes."""
+"""One live layer with adapters: how it becomes one (adapted.py), what acts on it (slot.py), how it computes."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-pass
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
 from convlora.layer.forms import training_form_of
@@ -118,8 +117,6 @@ class _MissingError(AttributeError):
 def _property(kind: str) -> property:
     def read(self: Any) -> Any:
         try:
-            if not torch.compiler.is_compiling() and (switch := threads.current) is not None:
-                switch.hold_back(self)
             base = base_tensor(self, kind)
             if base is None or is_sharded(base):  # sharded: whole only inside FSDP2's forward
                 return base
@@ -214,12 +211,10 @@ def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
     plain, form = base.forward, training_form_of(base)
 
     def forward(self: Any, input: Tensor, *more: Any) -> Any:
-        if not torch.compiler.is_compiling() and (switch := threads.current) is not None:
-            switch.hold_back(self)
         slot = slot_of(self)
-        if slot._rows is not None:
+        if slot.choices and not torch.compiler.is_compiling() and (rows := slot.sample_rows()) is not None:
             least_dims = 2 if isinstance(self, nn.Linear) else len(self.kernel_size) + 2
-            return slot._by_rows(lambda rows: plain(self, rows, *more), input, least_dims)
+            return slot.by_rows(rows, lambda part: plain(self, part, *more), input, least_dims)
         if form is not None and torch.is_grad_enabled() and _on_read is None and not torch.compiler.is_compiling():
             output = form(self, slot, input)
             if output is not None:

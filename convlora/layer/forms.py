@@ -103,23 +103,21 @@ def _update(slot: Slot, x: Any, weight: Any) -> LowRankUpdate | None:
         or x.dtype not in _WHOLE
         or x.dtype != weight.dtype
         or x.layout is not torch.strided
-        or slot.merged
-        or len(slot.active) != 1
         or torch.is_autocast_enabled("cpu")
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     ):
         return None
-    slot._fused.clear()  # kept while nothing trained
-    return _chained(slot.low_rank(slot.active[0]), x.dtype)
+    acting = slot.only_acting()
+    return None if acting is None else _chained(*acting, x.dtype)
 
 
 _PLAIN = (Tensor, nn.Parameter)
 _WHOLE = (torch.float32, torch.float64)
 
 
-def _chained(low_rank: LowRank, dtype: torch.dtype) -> LowRankUpdate | None:
+def _chained(low_rank: LowRank, strength: float, dtype: torch.dtype) -> LowRankUpdate | None:
     """The update as two layers one after the other; None where it is not that, or where calling the module does more:
     dropout draws, hooks (of FSDP2, say) have work to do, a replica of DataParallel has no parameters."""
     chain = getattr(low_rank.factorization, "chain", None)
@@ -131,4 +129,4 @@ def _chained(low_rank: LowRank, dtype: torch.dtype) -> LowRankUpdate | None:
     if factors is None or any(factor.dtype != dtype for factor in factors):
         return None
     a, b = factors
-    return LowRankUpdate(a, b, low_rank.strength * low_rank.scale)
+    return LowRankUpdate(a, b, strength * low_rank.scale)

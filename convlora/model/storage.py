@@ -18,7 +18,6 @@ from convlora.factors.base import WeightSpec
 from convlora.layer.adapted import Adapted, peek_base_tensor, slot_of, weight_spec, why_not
 from convlora.layer.lowrank import LowRank
 from convlora.layer.sharded import device_mesh_of, full_tensor, is_first_rank, is_sharded, on_all_ranks, reshard_model
-from convlora.layer.threads import in_threads, steady, switching
 from convlora.model.inject import Placement, check_injectable, place_adapter
 from convlora.model.traversal import adapted_layers, only_adapter_name, unwrap_model
 from convlora.targets import nearest_names
@@ -40,8 +39,7 @@ def adapter(model: nn.Module, name: str | None = None) -> Adapter:
         >>> sorted(adapter(model).layers["0"].tensors)
         ['lora_A', 'lora_B']
     """
-    with steady("adapter"):
-        return _take(model, name, copy=True)
+    return _take(model, name, copy=True)
 
 
 def _take(model: nn.Module, name: str | None, copy: bool) -> Adapter:
@@ -83,8 +81,7 @@ def save(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = save(model, f"{folder}/rain.safetensors")
     """
-    with steady("save"):
-        taken = _take(model, name, copy=in_threads()).to(dtype)
+    taken = _take(model, name, copy=False).to(dtype)
     mesh = device_mesh_of(model)
     first = is_first_rank(model, mesh)
     on_all_ranks(mesh, lambda: taken.write(path) if first else None)
@@ -98,6 +95,7 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
     A new adapter acts, beside those that already do; `activate` chooses. `name`: another name than the file's.
     `strict=False` takes what fits and warns of the rest. A base other than the adapted one gives a warning.
     A model that FSDP2 has sharded takes a hot swap only, and every process has to call it and reads the file.
+    It changes the model for everybody: nobody may be running it meanwhile.
 
     Raises:
         ConvLoRAError: the file is damaged or foreign, or layers are missing, unexpected or of other shapes; all are
@@ -141,12 +139,11 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
     if not present:
         place_adapter(root, [_placement(p, layer, loaded.layers[p]) for p, layer in fitting.items()], config)
         return model
-    with switching(root, "load"):
-        for p, layer in fitting.items():
-            slot_of(layer).swap(config.name, loaded.layers[p].tensors, config, loaded.layers[p].alpha)
-        for p in left_out:  # no mixture of two adapters
-            slot_of(present[p]).low_rank(config.name).reset_parameters()
-            slot_of(present[p]).low_rank(config.name).configure(config, slot_of(present[p]).low_rank(config.name).alpha)
+    for p, layer in fitting.items():
+        slot_of(layer).swap(config.name, loaded.layers[p].tensors, config, loaded.layers[p].alpha)
+    for p in left_out:  # no mixture of two adapters
+        slot_of(present[p]).low_rank(config.name).reset_parameters()
+        slot_of(present[p]).low_rank(config.name).configure(config, slot_of(present[p]).low_rank(config.name).alpha)
     return model
 
 

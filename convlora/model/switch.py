@@ -13,11 +13,12 @@ from convlora.config import LARGEST, is_number
 from convlora.errors import ConvLoRAError
 from convlora.factors.fuse import is_finite
 from convlora.layer.adapted import slot_of, without_side_effects
+from convlora.layer.context import COMPILED, Choice, choosing
 from convlora.layer.rows import SampleRows
-from convlora.layer.threads import switching
 from convlora.model.traversal import (
     adapted_layers,
     adapter_slots,
+    is_compiled,
     model_and_slots,
     refuse_sharded,
     refuse_stacked,
@@ -31,7 +32,8 @@ Names = str | Iterable[str] | Mapping[str, float]
 def activate(model: M, names: Names) -> M:
     """Say which adapters act: a name, a list, or `{name: strength}`; `[]` switches all off.
 
-    Strengths add up: ΔW = Σ strength·scale·ΔWᵢ. A merged model stays merged, with the new weights.
+    Strengths add up: ΔW = Σ strength·scale·ΔWᵢ. A merged model stays merged, with the new weights. It changes the model
+    for everybody: nobody may be running it meanwhile; `using` is for one caller alone.
 
     Raises:
         ConvLoRAError: no such adapter, or a strength that is no finite number. Nothing is changed then.
@@ -42,10 +44,9 @@ def activate(model: M, names: Names) -> M:
         >>> _ = activate(model, {"rain": 0.5})
     """
     strengths = _strengths(names, "activate")
-    root, found = model_and_slots(model, "activate", strengths)
-    with switching(root, "activate"):
-        for slot in found:
-            slot.activate(strengths)
+    _, found = model_and_slots(model, "activate", strengths)
+    for slot in found:
+        slot.activate(strengths)
     return model
 
 
@@ -66,14 +67,41 @@ def disabled(model: M) -> Iterator[M]:
 
 
 @contextlib.contextmanager
+def using(model: M, names: Names) -> Iterator[M]:
+    """Inside the block the caller computes with these adapters: this thread or asyncio task alone.
+
+    `names` as for `activate`; `[]` is the base. What others do to the model meanwhile, or compute with it in blocks of
+    their own, is not seen inside: several threads can serve requests for several adapters with one model. Blocks nest.
+    A merged model computes live inside. What the block itself starts (tasks, `asyncio.to_thread`) inherits it; other
+    threads, those in which autograd runs a backward on a GPU included, do not: gradient checkpointing, which runs the
+    forward again there, needs `activate`.
+
+    Raises:
+        ConvLoRAError: no such adapter, or a strength that is no finite number; a compiled model, whose graph has the
+            adapters that `activate` says.
+
+    Example:
+        >>> import convlora, torch
+        >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1, name="rain")
+        >>> with using(model, {"rain": 0.5}):
+        ...     y = model(torch.ones(1, 3, 8, 8))
+    """
+    strengths = _strengths(names, "using")
+    root, found = model_and_slots(model, "using", strengths)
+    if is_compiled(model) or any(map(is_compiled, root.modules())):
+        raise ConvLoRAError(COMPILED)
+    with choosing(found, Choice(strengths)):
+        yield model
+
+
+@contextlib.contextmanager
 def per_sample(model: M, names: Sequence[str | None], *, folded: bool = False) -> Iterator[M]:
     """Inside the block, sample i of every batch has the adapter `names[i]`, or none (None).
 
     One forward serves requests for several adapters, each with its own fused weight. The samples are the rows of the
     first dimension of each adapted layer's input; networks that fold windows or frames into it, the rows of a sample
     next to each other (SwinIR), need `folded=True`. Each named adapter acts at strength 1, active or not; what
-    `activate` has set comes back after the block, also after an exception. Fused weights are kept for the next block
-    until then. Not for several threads at a time.
+    `activate` has set comes back after the block. Like `using`, it is for the calling thread or asyncio task alone.
 
     Raises:
         ConvLoRAError: no names, no such adapter, or a merged model; in a forward, a layer input without a row for each
@@ -90,18 +118,11 @@ def per_sample(model: M, names: Sequence[str | None], *, folded: bool = False) -
             f"per_sample: expected a list with an adapter's name or None for each sample, got {names!r}"
         )
     named = _strengths([name for name in names if name is not None], "per_sample")
-    _, chosen = model_and_slots(model, "per_sample", named)
-    if any(slot.merged for slot in chosen):
+    _, found = model_and_slots(model, "per_sample", named)
+    if any(slot.merged for slot in found):
         raise ConvLoRAError("per_sample: the model is merged, one weight for all samples; unmerge first")
-    before = [slot._rows for slot in chosen]
-    rows = SampleRows(names, folded)
-    try:
-        for slot in chosen:
-            slot._rows = rows
+    with choosing(found, Choice({}, SampleRows(names, folded))):
         yield model
-    finally:
-        for slot, former in zip(chosen, before, strict=True):
-            slot._rows = former
 
 
 def _strengths(names: Names, operation: str) -> dict[str, float]:
@@ -128,16 +149,16 @@ def _restored(root: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with switching(root, "restoring"):
-            for slot, state in before:
-                slot.restore(state)
+        for slot, state in before:
+            slot.restore(state)
 
 
 def merge(model: M, names: Names | None = None, *, check_finite: bool = True, exact: bool = False) -> M:
     """From now on each layer computes with one fused weight, formed from the active (or the named) adapters.
 
     The fused weight lies beside the base Parameter, which is never written: `state_dict()` stays the same, and
-    `unmerge` is exact in every dtype. While merged, no gradient reaches the factors.
+    `unmerge` is exact in every dtype. While merged, no gradient reaches the factors. It changes the model for
+    everybody: nobody may be running it meanwhile.
 
     By default the fused weight is bitwise the one that the unmerged layer computes with. That one is formed in float32,
     so last bits of it are off, more of them where W and ΔW cancel. `exact=True` forms it in float64 instead: each
@@ -158,8 +179,7 @@ def merge(model: M, names: Names | None = None, *, check_finite: bool = True, ex
     root = require_adapters(model, "merge", strengths or ())
     refuse_sharded(root, "merge")
     refuse_stacked(root, "merge")
-    with switching(root, "merge"):
-        _merge(root, strengths, check_finite, exact)
+    _merge(root, strengths, check_finite, exact)
     return model
 
 
@@ -196,9 +216,8 @@ def unmerge(model: M) -> M:
         True
     """
     root = require_adapters(model, "unmerge")
-    with switching(root, "unmerge"):
-        for slot in adapter_slots(root):
-            slot.unmerge()
+    for slot in adapter_slots(root):
+        slot.unmerge()
     return model
 
 

@@ -29,6 +29,11 @@ def unwrap_model(model: Any, operation: str) -> nn.Module:
             return model  # type: ignore[no-any-return]
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calling a module runs a graph of `torch.compile`, which wrapped it or compiled it in place."""
+    return "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None
+
+
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Layer name -> adapted layer, each once, in model order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}

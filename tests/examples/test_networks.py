@@ -15,8 +15,8 @@ from torch import nn
 
 pytest.importorskip("spandrel")
 pytest.importorskip("accelerate")
-ROOT = Path(__file__).parents[1]
-DATA = Path(__file__).parents[2] / "shared/data"
+ROOT = Path(__file__).parents[2]
+DATA = Path(__file__).parents[3] / "shared/data"
 sys.path.insert(0, str(ROOT / "examples"))
 
 import evaluate

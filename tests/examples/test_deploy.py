@@ -20,7 +20,7 @@ from torch import Tensor, nn
 pytest.importorskip("spandrel")
 pytest.importorskip("accelerate")
 pytest.importorskip("onnxruntime")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import deploy

@@ -13,7 +13,7 @@ import torch
 from oracle import NET_INPUT, adapted_net, bits
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import convlora
 from benchmarks.trust import numerics

@@ -122,7 +122,7 @@ def test_thin_gradients_of_any_shape(
     weight = torch.randn(out, inner, *kernel, dtype=torch.float64)
     a = torch.randn(rank, inner, *kernel, dtype=torch.float64, requires_grad=True)
     b = torch.randn(out, rank, 1, 1, dtype=torch.float64, requires_grad=True)
-    update = thin.Update(a, b, 0.7)
+    update = thin.LowRankUpdate(a, b, 0.7)
     expected = nn.functional.conv2d(x, update.added_to(weight), None, 1, padding, dilation)
     y = thin.conv2d(x, weight, None, update, padding, dilation)
     gy = torch.randn_like(y)
@@ -139,10 +139,10 @@ def test_thin_forms_pass_gradcheck_twice(bias: bool) -> None:
     weight = torch.randn(4, 3, 3, 2, dtype=torch.float64)
 
     def conv(x: Tensor, a: Tensor, b: Tensor, beta: Tensor | None) -> Tensor:
-        return thin.conv2d(x, weight, beta, thin.Update(a, b, 1.5), (1, 0), (1, 2))
+        return thin.conv2d(x, weight, beta, thin.LowRankUpdate(a, b, 1.5), (1, 0), (1, 2))
 
     def linear(x: Tensor, a: Tensor, b: Tensor, beta: Tensor | None) -> Tensor:
-        return thin.linear(x, weight[..., 0, 0], beta, thin.Update(a, b, 1.5))
+        return thin.linear(x, weight[..., 0, 0], beta, thin.LowRankUpdate(a, b, 1.5))
 
     for function, inputs in ((conv, (x, a, b, beta)), (linear, (leaf(2, 4, 3), leaf(2, 3), leaf(4, 2), beta))):
         assert torch.autograd.gradcheck(function, inputs)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("spandrel")
 pytest.importorskip("accelerate")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from PIL import Image as PilImage

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import convlora
 from benchmarks.trust import soak
 from benchmarks.trust.soak import KINDS, RARE
+from convlora.layer.adapted import adapted_class
 
 
 def test_nothing_piles_up_over_lives() -> None:
@@ -27,7 +27,7 @@ LEAKS = {
     "tensors": lambda: torch.zeros(1),
     "modules": lambda: nn.Identity(),
     "hooks": lambda: nn.modules.module.register_module_forward_hook(lambda *_: None),
-    "classes": lambda: convlora.layer.adapted_class(type("Own", (nn.Conv2d,), {})),
+    "classes": lambda: adapted_class(type("Own", (nn.Conv2d,), {})),
 }
 
 

@@ -24,13 +24,13 @@ from convlora.layer.adapted import Adapted, slot_of
 def formed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for each effective weight that is formed."""
     calls: list[str] = []
-    plain = slot_module.fuse
+    plain = slot_module.fuse_weight
 
     def count(*arguments: Any) -> Tensor:
         calls.append("weight")
         return plain(*arguments)
 
-    monkeypatch.setattr(slot_module, "fuse", count)
+    monkeypatch.setattr(slot_module, "fuse_weight", count)
     return calls
 
 

@@ -30,7 +30,7 @@ from convlora.cli import architecture
 from convlora.cli.app import app, main
 from convlora.cli.inputs import OTHER_BASE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMANDS = ["info", "merge", "extract", "resize", "combine", "convert", "diff", "layers", "verify"]
 RAIN, SNOW = ["model.1.sub.0.RDB1.*", "model.10"], ["model.3", "model.10"]
 

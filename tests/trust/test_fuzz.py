@@ -20,7 +20,7 @@ from convlora import Adapter, ConvLoRAError, formats
 from convlora.adapter import file as adapter_file
 from convlora.support.safetensors import read_regular_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.trust import fuzz, mutate, seeds
 
 LARGE = seeds.large()
