@@ -22,8 +22,10 @@ def pattern_matches(pattern: str, name: str) -> bool:
     """Whether a pattern selects a dotted name: a glob, from any dot on, or `re:` and a full-match expression.
 
     Example:
-        >>> matches("conv1", "layer2.0.conv1"), matches("block_*.c?_r", "block_1.c3_r"), matches(r"re:b\\d", "b12")
-        (True, True, False)
+        >>> pattern_matches("conv1", "layer2.0.conv1"), pattern_matches("block_*.c?_r", "block_1.c3_r")
+        (True, True)
+        >>> pattern_matches(r"re:b\\d", "b12")
+        False
     """
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
@@ -102,7 +104,7 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
     """A clause for an error message: the known names most like a wrong one.
 
     Example:
-        >>> nearest("conv_lsat", ["conv_1", "conv_last"])
+        >>> nearest_names("conv_lsat", ["conv_1", "conv_last"])
         "nearest: 'conv_last', 'conv_1'"
     """
     known = list(known)[:2000]  # comparing takes the square of the length, and names can come from a hostile file

@@ -59,10 +59,14 @@ def test_imports_go_down_from_room_to_room(module: str) -> None:
     assert room in FLOOR, f"give {room} its floor"
     for other in imports(module):
         below = other.partition(".")[0]
+        if below in FACE:
+            assert room == "cli", f"{module} imports the package's own names"
+            continue
         assert below == room or FLOOR[below] < FLOOR[room], f"{module} imports {other}"
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
+    # A package that only hands names on (its __init__) stands above what it names, and below those who ask it.
     ahead = {module: imports(module) for module in MODULES}
     while free := [module for module, others in ahead.items() if not others & ahead.keys()]:
         for module in free:

@@ -389,13 +389,14 @@ def callers(count: int, seed: int = 0) -> Result:
     async def serve_task(rng: random.Random) -> None:
         while not over.is_set():
             choice = rng.randrange(len(CHOICES))
-            with torch.no_grad(), convlora.using(model, CHOICES[choice]):
+            with convlora.using(model, CHOICES[choice]):
                 check(choice)
                 await asyncio.sleep(0)
                 check(choice)
 
     async def serve_tasks(rng: random.Random) -> None:
-        await asyncio.gather(*(serve_task(rng) for _ in range(8)))
+        with torch.no_grad():  # around all of them: tasks take turns, and the mode is the thread's
+            await asyncio.gather(*(serve_task(rng) for _ in range(8)))
 
     def guarded(call: Callable[[random.Random], Any], number: int) -> None:
         try:

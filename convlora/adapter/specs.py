@@ -18,6 +18,7 @@ def specs_from_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, WeightSpec
     A bare checkpoint tells neither groups nor transposed layers: see `guess`.
 
     Example:
+        >>> from torch import nn
         >>> specs_from_checkpoint(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)).state_dict())
         {'0': WeightSpec(shape=(8, 4, 3, 3), groups=1, transposed=False)}
     """

@@ -18,7 +18,7 @@ def fuse_weight(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
     Shapes: all as the weight. The memory format is the weight's, so that the layer picks the same kernels.
 
     Example:
-        >>> fuse(torch.ones(2), [torch.full((2,), 0.5)]).tolist()
+        >>> fuse_weight(torch.ones(2), [torch.full((2,), 0.5)]).tolist()
         [1.5, 1.5]
     """
     total = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -33,7 +33,7 @@ def fuse_weight_exactly(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
     Shapes: all as the weight.
 
     Example:
-        >>> fuse_exactly(torch.ones(1), [torch.full((1,), 0.5 + 2**-40, dtype=torch.float64)]).item()
+        >>> fuse_weight_exactly(torch.ones(1), [torch.full((1,), 0.5 + 2**-40, dtype=torch.float64)]).item()
         1.5
     """
     total = weight.double()
@@ -50,7 +50,7 @@ def rounded_once(values: Tensor, dtype: torch.dtype) -> Tensor:
 
     Example:
         >>> just_above_a_tie = torch.tensor(1 + 2**-8 + 2**-40, dtype=torch.float64)
-        >>> just_above_a_tie.to(torch.bfloat16).item(), nearest(just_above_a_tie, torch.bfloat16).item()
+        >>> just_above_a_tie.to(torch.bfloat16).item(), rounded_once(just_above_a_tie, torch.bfloat16).item()
         (1.0, 1.0078125)
     """
     if dtype.itemsize > 2:

@@ -43,8 +43,10 @@ def rank_chooser(operation: str, rank: int | None, energy: float | None) -> Choo
 
     Example:
         >>> squares = torch.tensor([6.0, 3.0, 1.0, 0.0])
-        >>> [chooser("doc", None, energy)(squares) for energy in (0.5, 0.8, 1.0)], chooser("doc", 2, None)(squares)
-        ([1, 2, 3], 2)
+        >>> [rank_chooser("doc", None, energy)(squares) for energy in (0.5, 0.8, 1.0)]
+        [1, 2, 3]
+        >>> rank_chooser("doc", 2, None)(squares)
+        2
     """
     if (rank is None) == (energy is None):
         raise ConvLoRAError(f"{operation}: give either rank= or energy=, got rank={rank!r}, energy={energy!r}")
@@ -91,7 +93,8 @@ def truncate(decomposed: SVD, step: int, choose: ChooseRank) -> tuple[Tensor, Te
         left `(m, rank·step)` and right `(rank·step, k)`, filled up with zeros; the rank; the relative error.
 
     Example:
-        >>> left, right, rank, error = truncate(svd(torch.diag(torch.tensor([4.0, 3.0]))), 1, chooser("doc", 1, None))
+        >>> decomposed = svd(torch.diag(torch.tensor([4.0, 3.0])))
+        >>> left, right, rank, error = truncate(decomposed, 1, rank_chooser("doc", 1, None))
         >>> (left @ right).round().tolist(), rank, error
         ([[4.0, 0.0], [0.0, 0.0]], 1, 0.6)
     """

@@ -19,9 +19,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from convlora.adapter.parts import tensor_key
-from convlora.errors import ConvLoRAError, ConvLoRAWarning
+from convlora.errors import ConvLoRAError, ConvLoRAWarning, one_line
 from convlora.support.atomic import write_atomically
 from convlora.support.safetensors import tensor_bytes
+from convlora.support.torchfile import from_torch_file
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".ckpt", ".bin")  # all but the first as `torch.save` writes them
@@ -71,7 +72,7 @@ class Checkpoint:
             raw = path.read_bytes()
         except OSError as error:
             raise ConvLoRAError(f"read: '{path}' cannot be read ({error.strerror})") from None
-        content = _in_order(raw, path) if path.suffix.lower() == SAFETENSORS else _unpickled(raw, path)
+        content = _in_order(raw, path) if path.suffix.lower() == SAFETENSORS else _of_torch(raw, path)
         where = _where_nested(content)
         state = _inside(content, where)
         if not any(isinstance(value, Tensor) for value in state.values()):
@@ -148,21 +149,14 @@ def _in_order(raw: bytes, path: Path) -> dict[str, Tensor]:
         tensors = from_bytes(raw)
         return {name: tensors[name] for name in _header(raw)[0]}
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ConvLoRAError(f"read: '{path}' cannot be read as safetensors ({_reason(error)})") from None
+        raise ConvLoRAError(f"read: '{path}' cannot be read as safetensors ({one_line(error)})") from None
 
 
-def _unpickled(raw: bytes, path: Path) -> Mapping[str, Any]:
+def _of_torch(raw: bytes, path: Path) -> Mapping[str, Any]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old storages: nothing that a user could change
-            content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the unpickler raise anything
-        if "weights_only" in str(error) or "Weights only" in str(error):
-            raise ConvLoRAError(
-                f"read: '{path}' holds more than tensors and plain data, which could run code ({_reason(error)}); "
-                "save the model's state_dict() alone"
-            ) from None
-        raise ConvLoRAError(f"read: '{path}' cannot be read as a file of torch.save ({_reason(error)})") from None
+        content = from_torch_file(raw)
+    except Exception as error:
+        raise ConvLoRAError(f"read: '{path}' cannot be read as a file of torch.save ({one_line(error)})") from None
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise ConvLoRAError(f"read: '{path}' holds a {type(content).__name__}, not a state dict")
     return content
@@ -223,13 +217,6 @@ def _replaced(content: Mapping[str, Any], where: tuple[str, ...], values: Mappin
         twin._metadata = content._metadata
     twin.update({where[0]: _replaced(content[where[0]], where[1:], values)} if where else values)
     return twin
-
-
-def _reason(error: BaseException) -> str:
-    """The first sentence of an error; of the unpickler's advice, the cause."""
-    text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    return first.partition(". ")[0]
 
 
 def _warn(message: str) -> None:

@@ -28,7 +28,7 @@ class LayerPatterns:
         where: they come from, for messages.
 
     Example:
-        >>> Patterns({"^stem": 1, "conv": 2, r"body\.[0-9]+": 3}, "a file").values("body.0.conv")
+        >>> LayerPatterns({"^stem": 1, "conv": 2, r"body\.[0-9]+": 3}, "a file").values("body.0.conv")
         [2]
     """
 

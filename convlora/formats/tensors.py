@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from convlora.errors import ConvLoRAError, one_line
-from convlora.formats.pickled import unpickle
 from convlora.support.atomic import write_atomically
 from convlora.support.safetensors import from_safetensors, read_regular_file, safetensors_header, to_safetensors
+from convlora.support.torchfile import from_torch_file
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -31,13 +31,20 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         if _is_safetensors(path, raw):
             found, metadata = from_safetensors(raw)
             return {name: found[name] for name in sorted(found, key=_natural)}, metadata
-        content = unpickle(raw)
-    if type(content) is not dict or not content:
+        content = from_torch_file(raw)
+    if not isinstance(content, dict) or not content:
         raise ConvLoRAError(f"read: '{path}' holds no named tensors, but a {type(content).__name__}")
     for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise ConvLoRAError(f"read: '{path}' holds more than plain tensors: {name!r} is a {type(value).__name__}")
-    return content, {}
+        if not isinstance(name, str) or not _is_plain(value):
+            kind = f"tensor on {value.device}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+            raise ConvLoRAError(f"read: '{path}' holds more than named, plain tensors: {name!r} is a {kind}")
+        if value.nbytes > len(raw):  # a few numbers, seen again and again
+            raise ConvLoRAError(f"read: '{path}' claims more than the file holds: {name!r} has {value.nbytes:,} bytes")
+    return {name: value.detach() for name, value in content.items()}, {}
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
 def header(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:

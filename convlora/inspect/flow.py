@@ -30,7 +30,7 @@ class DataFlow(TorchDispatchMode):
 
     Example:
         >>> weight, other = torch.ones(3), torch.ones(3)
-        >>> with Flow([weight, other]) as flow:
+        >>> with DataFlow([weight, other]) as flow:
         ...     flow.mark(weight, 7)
         ...     y, z = other * 2, other + weight.view(3, 1)
         >>> flow.marks_of([y]), flow.marks_of([z])
@@ -128,7 +128,7 @@ def nested_leaves(value: Any) -> Iterator[Any]:
     """The tensors inside a nested value, attributes of objects included, and whatever may hide some: no plain data.
 
     Example:
-        >>> [type(leaf).__name__ for leaf in leaves({"a": [torch.ones(1), 3], "b": "text", "c": range(2)})]
+        >>> [type(leaf).__name__ for leaf in nested_leaves({"a": [torch.ones(1), 3], "b": "text", "c": range(2)})]
         ['Tensor', 'range']
     """
     seen = set()
@@ -157,7 +157,7 @@ def leaves_with_gradient(output: Any) -> set[int] | None:
 
     Example:
         >>> used, cut = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
-        >>> with_gradient([used * 2 + cut.detach()]) == {id(used)}
+        >>> leaves_with_gradient([used * 2 + cut.detach()]) == {id(used)}
         True
     """
     found = set()

@@ -6,16 +6,18 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from convlora.errors import ConvLoRAError
 from convlora.layer.rows import SampleRows
 
-if TYPE_CHECKING:
-    from convlora.layer.slot import Slot
-
-
 COMPILED = "using: a compiled model computes with what activate says; call the model that is not compiled"
+
+
+class Chosen(Protocol):
+    """What callers choose for: the slot of a layer."""
+
+    choices: int  # how many of them have
 
 
 class Choice(NamedTuple):
@@ -27,12 +29,12 @@ class Choice(NamedTuple):
 
 # The slots of all models that the caller has chosen for. A slot counts its choices by all callers: without one, which
 # is the rule, it asks nothing.
-_choices: ContextVar[Mapping[Slot, Choice] | None] = ContextVar("convlora_choices", default=None)
+_choices: ContextVar[Mapping[Chosen, Choice] | None] = ContextVar("convlora_choices", default=None)
 _counting = threading.Lock()
 
 
 @contextlib.contextmanager
-def choosing(slots: Sequence[Slot], choice: Choice) -> Iterator[None]:
+def choosing(slots: Sequence[Chosen], choice: Choice) -> Iterator[None]:
     """Inside the block this caller, and what it starts, computes with the choice in these slots."""
     _count(slots, 1)
     token = _choices.set({**(_choices.get() or {}), **dict.fromkeys(slots, choice)})
@@ -43,13 +45,13 @@ def choosing(slots: Sequence[Slot], choice: Choice) -> Iterator[None]:
         _count(slots, -1)
 
 
-def _count(slots: Sequence[Slot], step: int) -> None:
+def _count(slots: Sequence[Chosen], step: int) -> None:
     with _counting:
         for slot in slots:
             slot.choices += step
 
 
-def chosen(slot: Slot) -> Choice | None:
+def chosen(slot: Chosen) -> Choice | None:
     """What the caller has chosen for a slot, if it has."""
     choices = _choices.get()
     return None if choices is None else choices.get(slot)

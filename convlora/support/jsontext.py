@@ -15,7 +15,7 @@ def parse_json(text: str, size: int = 0) -> Any:
         ValueError: it is none, a key is there twice, or it is nested too deep or of too many parts to be honest.
 
     Example:
-        >>> parse('{"rank": 2}')
+        >>> parse_json('{"rank": 2}')
         {'rank': 2}
     """
     if text.count("[") + text.count("{") + text.count(",") > PARTS + size // 64:

@@ -17,8 +17,8 @@ def counted_steps(items: Collection[T]) -> Iterator[T]:
     """The items one by one, each of them a step of a long computation.
 
     Example:
-        >>> with watching(lambda done, total: print(f"{done}/{total}", end=" ")):
-        ...     sum(steps([1, 2, 3]))
+        >>> with watching_steps(lambda done, total: print(f"{done}/{total}", end=" ")):
+        ...     sum(counted_steps([1, 2, 3]))
         0/3 1/3 2/3 3/3 6
     """
     tell = _tell.get()

@@ -9,7 +9,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: int
     """The rows below the names of their columns; the last `right` columns are right-aligned.
 
     Example:
-        >>> print(table(["layer", "rank"], [["conv_last", "4"], ["body.0", "16"]], right=1))
+        >>> print(text_table(["layer", "rank"], [["conv_last", "4"], ["body.0", "16"]], right=1))
         layer      rank
         ─────────  ────
         conv_last     4

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import FACTORS, NET_INPUT, adapted_net, delta, net, randomise
-from test_factors import specs
+from strategies import specs
 from torch import Tensor, nn
 
 import convlora

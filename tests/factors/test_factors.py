@@ -10,25 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import FACTORS, delta
+from strategies import specs
 from torch import Tensor, nn
 
 import convlora
 from convlora.factors.base import WeightSpec, get_factors
 from convlora.factors.convlora import ConvLoRAFactors
 from convlora.factors.locon import LoConFactors
-
-
-@st.composite
-def specs(draw: st.DrawFn) -> WeightSpec:
-    groups = draw(st.integers(1, 3))
-    first, second = groups * draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    kernel = (
-        draw(st.lists(st.integers(1, 3), max_size=3))
-        if groups == 1
-        else draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
-    )
-    transposed = bool(kernel) and draw(st.booleans())
-    return WeightSpec((first, second, *kernel), groups, transposed)
 
 
 def random_factors(factors: str, spec: WeightSpec, rank: int) -> dict[str, Tensor]:

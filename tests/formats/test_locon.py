@@ -302,7 +302,7 @@ MALFORMED: dict[str, tuple[dict[str, Tensor], str]] = {
     "NaN alpha": ({"conv.alpha": torch.tensor(math.nan)}, "'conv.alpha' is nan instead of one"),
     "infinite factors": ({"conv.lora_up.weight": torch.full((4, 2, 1, 1), math.inf)}, "non-finite: conv.lora_B"),
     "integers": ({"conv.alpha": torch.tensor(2)}, "int64 instead of floating point"),
-    "complex": ({"conv.lora_up.weight": torch.ones(4, 2, 1, 1).cfloat()}, "no file of plain tensors"),
+    "complex": ({"conv.lora_up.weight": torch.ones(4, 2, 1, 1).cfloat()}, "torch.complex64 instead of floating point"),
 }
 
 
