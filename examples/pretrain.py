@@ -31,10 +31,10 @@ from spandrel.architectures.SPAN import SPAN
 from sr.data import Image, Pair, Patches, Photo, crop_to_multiple, prepare, read_folder, to_image, to_tensor
 from sr.degradations import clean, resize
 from sr.metrics import quality
-from sr.models import balance, save_weights, span, start_as_bicubic, upscale
+from sr.models import save_weights, span, upscale
 from sr.networks import rrdb, swinir
 from sr.report import one_line_errors
-from sr.starts import balance_layers, start_rrdb, start_swinir
+from sr.starts import balance_layers, balance_span, start_rrdb, start_span, start_swinir
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -61,7 +61,7 @@ class Recipe:
 RECIPES = {
     "span": Recipe(
         "SPAN x4, {} channels, Conv3XC collapsed to 3x3",
-        lambda width, low: balance(start_as_bicubic(span(width, img_range=RANGE)), low),
+        lambda width, low: balance_span(start_span(span(width, img_range=RANGE)), low),
         width=26,
         patches=((0.0, 32), (0.75, 48)),
         remark=f", input range {RANGE}",

@@ -50,7 +50,6 @@ from sr.data import (
 from sr.degradations import DEGRADATIONS, clean, enlarge
 from sr.metrics import psnr_y, quality, ssim_y
 from sr.models import (
-    balance,
     collapse,
     expand,
     load_span,
@@ -58,11 +57,11 @@ from sr.models import (
     provenance,
     save_span,
     span,
-    start_as_bicubic,
     upscale,
 )
 from sr.operations import blur, gaussian_kernel, gaussian_noise, shot_noise, sinc_kernel
 from sr.report import strongest_change
+from sr.starts import balance_span, start_span
 from sr.training import Schedule
 from typer.testing import CliRunner
 
@@ -397,21 +396,21 @@ def test_released_networks_of_both_widths_go_to_spandrel_and_back(tmp_path: Path
         assert torch.allclose(predict(fresh, low), predict(model, low), atol=1e-5)
 
 
-def test_start_as_bicubic_enlarges_before_any_training() -> None:
+def test_a_started_span_enlarges_as_bicubic_before_any_training() -> None:
     high = photo(64, 64)
     for img_range in (4.0, 255.0):
-        output = upscale(start_as_bicubic(span(8, img_range=img_range)), clean(high))
+        output = upscale(start_span(span(8, img_range=img_range)), clean(high))
         assert psnr_y(output, enlarge(clean(high)), shave=8) > 35
 
 
 def test_balanced_blocks_all_speak_and_the_start_stays_bicubic() -> None:
     model, low = (
-        start_as_bicubic(span(8, img_range=4.0)),
+        start_span(span(8, img_range=4.0)),
         torch.cat([to_tensor(photo(24, 24, seed)) for seed in range(4)]),
     )
     high = photo(64, 64)
     before = upscale(model, clean(high))
-    balance(model, low)
+    balance_span(model, low)
     stds: dict[str, float] = {}
     for name, module in model.named_modules():
         if name.endswith(("c1_r", "c3_r")):
@@ -630,7 +629,7 @@ def test_evaluate_measures_base_and_adapter(
 
 
 def test_pretraining_writes_a_network_for_the_usual_range(tmp_path: Path) -> None:
-    model = start_as_bicubic(span(8, img_range=pretrain.RANGE))
+    model = start_span(span(8, img_range=pretrain.RANGE))
     pretrain.save(model, tmp_path / "span.safetensors", {"steps": 0})
     loaded, _ = load_span(tmp_path / "span.safetensors")
     low = photo(24, 24)
