@@ -27,10 +27,10 @@ import typer
 from rich.table import Table
 from sr.data import Patches, bundled_photos, degraded_pairs, to_tensor
 from sr.degradations import DEGRADATIONS
-from sr.evaluation import CLOSE
+from sr.evaluation import TOLERANCE
 from sr.models import SPAN_TARGETS, SPAN_WEIGHTS, load_span
 from sr.report import console, one_line_errors
-from sr.training import Schedule, set_up, train
+from sr.training import Schedule, set_up_run, train
 from torch import Tensor, nn
 
 import convlora
@@ -112,7 +112,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the exported networks.")] = Path("runs/deploy"),
 ) -> None:
     """Export a merged network in three ways and compare it with the live one and the base."""
-    accelerator = set_up(out, device="cpu")
+    accelerator = set_up_run(out, device="cpu")
     model, scale = load_span(SPAN_WEIGHTS)
     base = copy.deepcopy(model).eval()
 
@@ -152,7 +152,7 @@ def main(
             table.add_row(
                 way, name, f"{difference:.0e}", f"{len(row.operators)}", f"{row.parameters:,}", f"{row.size:,}"
             )
-            if name != "base" and difference > CLOSE:
+            if name != "base" and difference > TOLERANCE:
                 broken.append(f"{way}: {name} differs by {difference:.0e}")
         if (rows["merged"].operators, rows["merged"].parameters) != (rows["base"].operators, rows["base"].parameters):
             broken.append(f"{way}: merged has not the base's graph")

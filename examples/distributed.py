@@ -18,10 +18,10 @@ import typer
 from rich.console import Console
 from sr.data import InputError, Patches, bundled_photos, degraded_pairs, read_folder
 from sr.degradations import DEGRADATIONS
-from sr.evaluation import HeldOut
+from sr.evaluation import HeldOutSet
 from sr.models import SPAN_TARGETS, SPAN_WEIGHTS, load_span
 from sr.report import one_line_errors, training_bar
-from sr.training import Checkpoint, Schedule, set_up, train
+from sr.training import Checkpoint, Schedule, set_up_run, train
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -46,7 +46,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for adapter and checkpoint.")] = Path("runs/distributed"),
 ) -> None:
     """Adapt a SPAN to degraded photos in several processes."""
-    accelerator = set_up(out, seed=seed)  # one seed: the same adapter to begin with in every process
+    accelerator = set_up_run(out, seed=seed)  # one seed: the same adapter to begin with in every process
     if fsdp and accelerator.num_processes == 1:
         raise InputError("--fsdp: one process only; start it by torchrun --nproc_per_node 2")
     console = Console(quiet=not accelerator.is_main_process)
@@ -57,7 +57,7 @@ def main(
     camera = DEGRADATIONS["camera"]
     model, scale = load_span(SPAN_WEIGHTS)
     pairs = degraded_pairs(training, camera, scale=scale, draws=4, least=patch * scale)
-    tests = HeldOut(degraded_pairs(judging, camera, scale=scale, seed=10**9), scale)
+    tests = HeldOutSet(degraded_pairs(judging, camera, scale=scale, seed=10**9), scale)
     convlora.inject(model, SPAN_TARGETS, rank=1, rank_dropout=rank_dropout)
     model.to(accelerator.device)
     if fsdp:

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from sr.data import Image, Patches, bundled_photos, degraded_pairs, read_folder, to_tensor
 from sr.degradations import DEGRADATIONS
 from sr.distillation import Distillation, inject
-from sr.evaluation import CLOSE, HeldOut, quality_table
+from sr.evaluation import TOLERANCE, HeldOutSet, quality_table
 from sr.models import SPAN_WEIGHTS, load_span, save_span
-from sr.report import check, console, one_line_errors, run_figures, save_curve, show_sizes, training_bar
-from sr.training import Schedule, set_up, train
+from sr.report import check_promises, console, one_line_errors, run_figures, save_curve, show_sizes, training_bar
+from sr.training import Schedule, set_up_run, train
 from torch import Tensor, nn
 
 import convlora
@@ -55,7 +55,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for what the run writes.")] = Path("runs/dsclora"),
 ) -> None:
     """Adapt a SPAN to photos, clean x4, with its frozen base as the teacher."""
-    accelerator = set_up(out, seed=seed, threads=threads)
+    accelerator = set_up_run(out, seed=seed, threads=threads)
 
     # 1. The network, the photos, and ConvLoRA where the paper has it.
     model, scale = load_span(base)
@@ -63,8 +63,8 @@ def main(
     training = read_folder(photos) if photos else bundled_photos()[0]
     judging = read_folder(held_out) if held_out else bundled_photos()[1]
     pairs = degraded_pairs(training, DEGRADATIONS["clean"], scale=scale, least=patch * scale)
-    tests = HeldOut(degraded_pairs(judging, DEGRADATIONS["clean"], scale=scale), scale)
-    bicubic = tests.bicubic()
+    tests = HeldOutSet(degraded_pairs(judging, DEGRADATIONS["clean"], scale=scale), scale)
+    bicubic = tests.evaluate_bicubic()
     teaching = tests.evaluate("base, the teacher", model)
     inject(model)
     sizes = show_sizes(model, f"{len(training)} photos", accelerator.device)
@@ -103,9 +103,9 @@ def main(
     console.print(
         f"{len(trained.losses)} steps in {trained.seconds:.0f} s; wrote {len(list(out.iterdir()))} files to {out}"
     )
-    check(
+    check_promises(
         {
-            f"merged equals adapted to {CLOSE}": merged.difference <= CLOSE,
+            f"merged equals adapted to {TOLERANCE}": merged.difference <= TOLERANCE,
             "merged has the base's size": sum(p.numel() for p in plain.parameters()) == sizes["base_parameters"],
         }
     )

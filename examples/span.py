@@ -4,9 +4,10 @@
 
 The network, a SPAN of 26 channels, has only seen clean bicubic input. Real input is blurred, noisy
 and compressed. A ConvLoRA adapter on every convolution learns that from five photographs and is
-judged on three others. `adapt` is the adapter's whole life, read from top to bottom: inject, parameters,
-save, merge, remove. It checks each time that the outputs are what they should be; the script exits
-with 1 if they are not. swinir.py and rrdb.py do the same with other networks.
+judged on three others. `adapt` is the adapter's whole life, top to bottom: inject, parameters, save,
+merge, remove. Each time it checks that the outputs are what they should be; the script exits with 1
+if they are not. Options and their defaults are in sr/command.py; swinir.py and rrdb.py call `adapt`
+with other networks.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from spandrel import ModelLoader
 from sr.command import Options, make_app
 from sr.data import Patches, choose_photos, degraded_pairs
 from sr.degradations import DEGRADATIONS
-from sr.evaluation import CLOSE, HeldOut
-from sr.models import same_bits
+from sr.evaluation import TOLERANCE, HeldOutSet
+from sr.models import equal_states
 from sr.networks import NETWORKS, Network
-from sr.report import check, report_run, show_sizes, training_bar
-from sr.training import Schedule, set_up, train
+from sr.report import check_promises, report_run, show_sizes, training_bar
+from sr.training import Schedule, set_up_run, train
 
 import convlora
 
@@ -29,37 +30,37 @@ HELD_OUT_SEED, HELD_OUT_DRAWS = 10**9, 4  # held-out photos suffer degradations 
 
 
 def adapt(network: Network, options: Options, promised: float | None) -> None:
-    """Adapt the network as the options say, show what came out and write it to `options.out`.
+    """Adapt a network as the options say, show what came out and write it to `options.out`.
 
     Raises:
         typer.Exit: an output is not what it should be, or the gain over the base is below `promised` (dB).
     """
-    accelerator = set_up(options.out, device=options.device, seed=options.seed, threads=options.threads)
+    accelerator = set_up_run(options.out, device=options.device, seed=options.seed, threads=options.threads)
     device = accelerator.device
     adapter_file = options.out / "adapter.safetensors"
     merged_file = options.out / f"{network.stem}_merged.safetensors"
 
-    # The base, and photos as pairs: what the camera gives (low), what was there (high).
+    # 0. The base network; and photos, each as a pair: what the camera gives (low), what was there (high).
     model, scale = network.load(options.base)
     model.to(device)
     degrade = DEGRADATIONS[options.degradation]
-    photos, judging = choose_photos(options.photos, options.held_out)
+    photos, others = choose_photos(options.photos, options.held_out)
     pairs = degraded_pairs(
         photos, degrade, scale=scale, draws=options.draws, seed=options.seed * 10**5, least=options.patch * scale
     )
-    tests = degraded_pairs(judging, degrade, scale=scale, draws=HELD_OUT_DRAWS, seed=HELD_OUT_SEED)
-    held_out = HeldOut(tests, scale, HELD_OUT_DRAWS)
-    bicubic = held_out.bicubic()
+    other_pairs = degraded_pairs(others, degrade, scale=scale, draws=HELD_OUT_DRAWS, seed=HELD_OUT_SEED)
+    held_out = HeldOutSet(other_pairs, scale, HELD_OUT_DRAWS)
+    bicubic = held_out.evaluate_bicubic()
     base = held_out.evaluate("base", model)
     base_state = copy.deepcopy(model.state_dict())
 
-    # Inject: adapters on every layer that the targets select, in place; everything else is frozen.
+    # 1. Inject: adapters, in place, on every layer that the targets (name patterns) select; all else is frozen.
     convlora.inject(
         model, options.targets, rank=options.rank, alpha=options.alpha, factors=options.factors, bias=options.bias
     )
-    sizes = show_sizes(model, f"{len(photos)} photos to train on, {len(judging)} held out", device)
+    sizes = show_sizes(model, f"{len(photos)} photos to train on, {len(others)} held out", device)
 
-    # Parameters: what the optimizer gets, and all that learns. The loss is L1 between the enlarged low and high.
+    # 2. Parameters: those of the adapters, for the optimizer. The loss is L1 between the enlarged low and high.
     with training_bar() as on_step:
         trained = train(
             model,
@@ -72,13 +73,13 @@ def adapt(network: Network, options: Options, promised: float | None) -> None:
         )
     adapted = held_out.evaluate("adapted", model)
 
-    # Save: the adapter alone, some kilobytes. Load: into a network that has never seen an adapter.
+    # 3. Save: the adapter alone, some kilobytes. It loads into a network that has never seen one.
     convlora.save(model, adapter_file)
     fresh = network.load(options.base)[0].to(device)
     convlora.load(fresh, adapter_file)
     reloaded = held_out.evaluate("reloaded", fresh, same=adapted)
 
-    # Merge: one fused weight a layer. Without its adapter it is a plain network, which other programs load.
+    # 4. Merge: one fused weight a layer. Without its adapter that is a plain network, which other programs load.
     convlora.merge(model)
     merged = held_out.evaluate("merged", model, same=adapted)
     plain = convlora.remove(copy.deepcopy(model))
@@ -86,24 +87,24 @@ def adapt(network: Network, options: Options, promised: float | None) -> None:
     foreign = ModelLoader(device).load_from_file(merged_file).model
     in_spandrel = held_out.evaluate("in spandrel", foreign, same=adapted)
 
-    # Remove: unmerged, the base again, bit by bit.
+    # 5. Remove, not merged: the base again, bit by bit.
     convlora.unmerge(model)
     convlora.remove(model)
     removed = held_out.evaluate("removed", model, same=base)
+    restored = equal_states(model.state_dict(), base_state)
 
     # What came out, and what an adapter promises.
     rows = [bicubic, base, adapted, merged, in_spandrel, reloaded, removed]
     report_run(network.stem, options, device, sizes, photos, held_out, trained, rows)
     promises = {
-        f"merged equals adapted to {CLOSE}": merged.difference <= CLOSE,
-        f"merged in spandrel equals adapted to {CLOSE}": in_spandrel.difference <= CLOSE,
+        f"merged equals adapted to {TOLERANCE}": merged.difference <= TOLERANCE,
+        f"merged in spandrel equals adapted to {TOLERANCE}": in_spandrel.difference <= TOLERANCE,
         "reloaded equals adapted bitwise": reloaded.difference == 0,
-        "removal gives the base's outputs and weights bitwise": removed.difference == 0
-        and same_bits(model.state_dict(), base_state),
+        "removal gives the base's outputs and weights bitwise": removed.difference == 0 and restored,
     }
     if promised is not None:
         promises[f"adapted gains {promised} dB over the base"] = adapted.gain_over(base) >= promised
-    check(promises)
+    check_promises(promises)
 
 
 app = make_app(adapt, NETWORKS["span"])

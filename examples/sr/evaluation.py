@@ -14,11 +14,11 @@ from sr.degradations import enlarge
 from sr.metrics import Quality, quality
 from sr.models import predict, upscale
 
-CLOSE = 1e-5  # of full scale: what another order of summation may change
+TOLERANCE = 1e-5  # of full scale: what another order of summation may change
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class Evaluation:
     """A way to enlarge the held-out photos: its outputs `(1, 3, h, w)`, their quality, and whose outputs they equal.
 
     `difference` from those of `equals` is the largest over all values, unrounded, in units of full scale.
@@ -37,7 +37,7 @@ class Evaluated:
             return ""
         return f"{self.equals}, " + ("bitwise" if self.difference == 0 else f"to {self.difference:.0e}")
 
-    def gain_over(self, base: Evaluated) -> float:
+    def gain_over(self, base: Evaluation) -> float:
         """Mean PSNR-Y (dB) above that of `base`."""
         return self.quality.psnr - base.quality.psnr
 
@@ -51,18 +51,18 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutSet:
     """Photos that train nothing, each `draws` times in turn with another degradation."""
 
     pairs: Sequence[Pair]
     scale: int
     draws: int = 1
 
-    def bicubic(self) -> Evaluated:
+    def evaluate_bicubic(self) -> Evaluation:
         """Bicubic enlargement, which a network has to beat."""
         return self._evaluated("bicubic", [to_tensor(enlarge(pair.low, self.scale)) for pair in self.pairs])
 
-    def evaluate(self, name: str, model: nn.Module, same: Evaluated | None = None) -> Evaluated:
+    def evaluate(self, name: str, model: nn.Module, same: Evaluation | None = None) -> Evaluation:
         """The network as it is now; it should give what `same` gave."""
         return self._evaluated(name, [predict(model, pair.low) for pair in self.pairs], same)
 
@@ -71,16 +71,16 @@ class HeldOut:
         firsts = self.pairs[:: self.draws]
         return quality([upscale(model, pair.low) for pair in firsts], [pair.high for pair in firsts], self.scale).psnr
 
-    def _evaluated(self, name: str, outputs: list[Tensor], same: Evaluated | None = None) -> Evaluated:
+    def _evaluated(self, name: str, outputs: list[Tensor], same: Evaluation | None = None) -> Evaluation:
         images, highs = [to_image(output) for output in outputs], [pair.high for pair in self.pairs]
         reached = quality(images, highs, self.scale)
         if same is None:
-            return Evaluated(name, reached, outputs)
+            return Evaluation(name, reached, outputs)
         differences = [(one - other).abs().max() for one, other in zip(outputs, same.outputs, strict=True)]
-        return Evaluated(name, reached, outputs, same.name, float(torch.stack(differences).max()))
+        return Evaluation(name, reached, outputs, same.name, float(torch.stack(differences).max()))
 
 
-def quality_table(rows: Sequence[Evaluated], base: Evaluated, title: str) -> Table:
+def quality_table(rows: Sequence[Evaluation], base: Evaluation, title: str) -> Table:
     """The rows as a rich table, with what each gains over `base`."""
     table = Table(title=title, title_justify="left")
     table.add_column("")

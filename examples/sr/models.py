@@ -112,7 +112,7 @@ def read_state(path: Path) -> State:
         raise InputError(f"base {path}: cannot be read ({type(error).__name__}: {error})") from None
 
 
-def same_bits(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+def equal_states(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether two state dicts have the same keys in the same order, and the same values."""
     return list(state) == list(other) and all(torch.equal(state[key], value) for key, value in other.items())
 

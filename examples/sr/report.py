@@ -21,7 +21,7 @@ from torch import nn
 
 import convlora
 from sr.data import Image, InputError, Photo, to_image
-from sr.evaluation import Evaluated, HeldOut, quality_table
+from sr.evaluation import Evaluation, HeldOutSet, quality_table
 from sr.metrics import luma, psnr_y
 from sr.training import Trained
 
@@ -73,9 +73,9 @@ def report_run(
     device: torch.device,
     sizes: Mapping[str, int],
     photos: Sequence[Photo],
-    held_out: HeldOut,
+    held_out: HeldOutSet,
     trained: Trained,
-    rows: Sequence[Evaluated],
+    rows: Sequence[Evaluation],
 ) -> None:
     """Print the table of rows, the first of which are bicubic, base and adapted; write pictures and results.json."""
     out, (bicubic, base, adapted) = options.out, rows[:3]
@@ -103,7 +103,7 @@ def report_run(
 
 
 def run_figures(
-    sizes: Mapping[str, int], trained: Trained, adapter: Path, rows: Sequence[Evaluated]
+    sizes: Mapping[str, int], trained: Trained, adapter: Path, rows: Sequence[Evaluation]
 ) -> dict[str, object]:
     """What results.json says of every run."""
     return {
@@ -115,7 +115,7 @@ def run_figures(
     }
 
 
-def check(promises: Mapping[str, bool]) -> None:
+def check_promises(promises: Mapping[str, bool]) -> None:
     """Say that all hold, or which do not, and exit with 1."""
     broken = [promise for promise, holds in promises.items() if not holds]
     if broken:
@@ -132,7 +132,7 @@ def strongest_change(one: Image, other: Image, size: int) -> tuple[int, int]:
     return int(top), int(left)
 
 
-def save_comparison(path: Path, held_out: HeldOut, columns: Sequence[Evaluated], crop: int = 96) -> None:
+def save_comparison(path: Path, held_out: HeldOutSet, columns: Sequence[Evaluation], crop: int = 96) -> None:
     """A picture with a line per photo, as its first degradation left it: the whole, a square by each column, the truth.
 
     The square is where the last two columns differ most. The figures are PSNR-Y of the whole photo.

@@ -90,7 +90,7 @@ def make_accelerator(device: str) -> Accelerator:
     return Accelerator(cpu=device == "cpu" or not torch.accelerator.is_available())
 
 
-def set_up(out: Path, *, device: str = "auto", seed: int = 0, threads: int | None = None) -> Accelerator:
+def set_up_run(out: Path, *, device: str = "auto", seed: int = 0, threads: int | None = None) -> Accelerator:
     """Set seed and CPU threads, make the folder of a run, and give accelerate's engine, as `make_accelerator` does."""
     torch.manual_seed(seed)
     if threads:
