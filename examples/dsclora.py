@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sr.data import Image, Patches, bundled_photos, degraded_pairs, read_folder, to_tensor
 from sr.degradations import DEGRADATIONS
-from sr.distillation import Distillation, inject
+from sr.distillation import Distillation, inject_dsclora
 from sr.evaluation import TOLERANCE, HeldOutSet, quality_table
 from sr.models import SPAN_WEIGHTS, load_span, save_span
 from sr.report import check_promises, console, one_line_errors, run_figures, save_curve, show_sizes, training_bar
@@ -66,7 +66,7 @@ def main(
     tests = HeldOutSet(degraded_pairs(judging, DEGRADATIONS["clean"], scale=scale), scale)
     bicubic = tests.evaluate_bicubic()
     teaching = tests.evaluate("base, the teacher", model)
-    inject(model)
+    inject_dsclora(model)
     sizes = show_sizes(model, f"{len(training)} photos", accelerator.device)
 
     # 2. Training; examples/sr/distillation.py has the loss.

@@ -118,7 +118,7 @@ def choose_photos(photos: Path | None, held_out: Path | None) -> tuple[list[Phot
     return [photo for index, photo in enumerate(training) if index % 4 != 1], training[1::4]
 
 
-def prepare(photos: Sequence[Photo], scale: int, least: int) -> list[Photo]:
+def crop_photos(photos: Sequence[Photo], scale: int, least: int) -> list[Photo]:
     """The photos cropped (top left) to sides that are multiples of `scale`.
 
     Raises:
@@ -149,10 +149,10 @@ def degraded_pairs(
     seed: int = 0,
     least: int = 64,
 ) -> list[Pair]:
-    """Each photo, cropped by `prepare`, with `draws` different degradations; `degrade(high, seed, scale)` gives one."""
+    """Each photo, cropped, with `draws` different degradations, of which `degrade(high, seed, scale)` gives one."""
     return [
         Pair(photo.name, degrade(photo.pixels, seed + index * draws + draw, scale), photo.pixels)
-        for index, photo in enumerate(prepare(photos, scale, least))
+        for index, photo in enumerate(crop_photos(photos, scale, least))
         for draw in range(draws)
     ]
 

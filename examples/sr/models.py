@@ -28,7 +28,7 @@ SPAN_WEIGHTS = Path(__file__).parents[1] / "weights" / "span_x4_c26.safetensors"
 SPAN_TARGETS = ["conv_1", "block_*.c?_r", "conv_2", "conv_cat", "upsampler.0"]  # every convolution, collapsed
 
 
-def span(channels: int = 26, scale: int = 4, img_range: float = 255.0) -> SPAN:
+def new_span(channels: int = 26, scale: int = 4, img_range: float = 255.0) -> SPAN:
     """A collapsed SPAN (Wan et al. 2023) with random weights: RGB in [0, 1] in and out.
 
     `img_range` multiplies the input, less its mean; 255 is what every released checkpoint assumes.
@@ -143,7 +143,7 @@ def _load_collapsed(state: State) -> tuple[SPAN, int]:
     state = {key.replace(".eval_conv.", "."): value.float() for key, value in state.items()}
     channels, joined = state["conv_1.weight"].shape[0], state["conv_cat.weight"].shape[0]
     scale = math.isqrt(state["upsampler.0.weight"].shape[0] // 3)
-    model = span(channels, scale)
+    model = new_span(channels, scale)
     if joined != channels:  # NTIRE's 28-channel SPAN joins its features into 20
         model.conv_cat = conv_layer(channels * 4, joined, kernel_size=1)
         model.upsampler[0] = conv_layer(joined, 3 * scale**2, kernel_size=3)
