@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import deploy
-from sr.models import collapse, span
+from sr.models import collapse, new_span
 
 import convlora
 
@@ -37,7 +37,7 @@ Made = Callable[[], tuple[nn.Module, Tensor]]
 
 def _collapsed_span() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return span(8), torch.rand(1, 3, 12, 12)
+    return new_span(8), torch.rand(1, 3, 12, 12)
 
 
 def _small(name: str) -> Made:

@@ -39,10 +39,10 @@ from sr.data import (
     Patches,
     Photo,
     bundled_photos,
+    crop_photos,
     crop_to_multiple,
     degraded_pairs,
     image_files,
-    prepare,
     read_image,
     to_image,
     to_tensor,
@@ -50,19 +50,18 @@ from sr.data import (
 from sr.degradations import DEGRADATIONS, clean, enlarge
 from sr.metrics import psnr_y, quality, ssim_y
 from sr.models import (
-    balance,
     collapse,
     expand,
     load_span,
+    new_span,
     predict,
     provenance,
     save_span,
-    span,
-    start_as_bicubic,
     upscale,
 )
 from sr.operations import blur, gaussian_kernel, gaussian_noise, shot_noise, sinc_kernel
 from sr.report import strongest_change
+from sr.starts import balance_span, start_span
 from sr.training import Schedule
 from typer.testing import CliRunner
 
@@ -315,7 +314,7 @@ def test_degraded_pairs_differ_in_seed() -> None:
 
 def test_small_photos_are_refused_with_their_size() -> None:
     with pytest.raises(InputError, match=r"1 of 2 .*192x192.*'b' \(100x300\)"):
-        prepare([Photo("a", photo(200, 200)), Photo("b", photo(300, 100))], 4, least=192)
+        crop_photos([Photo("a", photo(200, 200)), Photo("b", photo(300, 100))], 4, least=192)
 
 
 def test_the_square_shown_is_where_the_pictures_differ() -> None:
@@ -344,7 +343,7 @@ def test_collapsed_span_equals_the_train_form() -> None:
 
 @pytest.mark.parametrize("joined", [12, 5], ids=["square", "fewer joined channels"])
 def test_spandrel_loads_what_save_span_writes_bitwise(tmp_path: Path, joined: int) -> None:
-    model = span(12)
+    model = new_span(12)
     if joined != 12:
         model.conv_cat = nn.Conv2d(48, joined, 1)
         model.upsampler[0] = nn.Conv2d(joined, 48, 3, padding=1)
@@ -362,7 +361,7 @@ def test_spandrel_loads_what_save_span_writes_bitwise(tmp_path: Path, joined: in
 
 
 def test_expanded_span_trains_from_where_it_was() -> None:
-    model = span(8)
+    model = new_span(8)
     train_form = SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=4)
     train_form.load_state_dict(expand(model.state_dict()))
     low = torch.rand(1, 3, 16, 16)
@@ -373,7 +372,7 @@ def test_expanded_span_trains_from_where_it_was() -> None:
 
 @pytest.mark.parametrize("form", ["collapsed", "eval_conv", "train"])
 def test_load_span_takes_every_form(tmp_path: Path, form: str) -> None:
-    model, path = span(8), tmp_path / "span.safetensors"
+    model, path = new_span(8), tmp_path / "span.safetensors"
     state = model.state_dict()
     if form == "train":
         save_span(model, path)
@@ -397,21 +396,21 @@ def test_released_networks_of_both_widths_go_to_spandrel_and_back(tmp_path: Path
         assert torch.allclose(predict(fresh, low), predict(model, low), atol=1e-5)
 
 
-def test_start_as_bicubic_enlarges_before_any_training() -> None:
+def test_a_started_span_enlarges_as_bicubic_before_any_training() -> None:
     high = photo(64, 64)
     for img_range in (4.0, 255.0):
-        output = upscale(start_as_bicubic(span(8, img_range=img_range)), clean(high))
+        output = upscale(start_span(new_span(8, img_range=img_range)), clean(high))
         assert psnr_y(output, enlarge(clean(high)), shave=8) > 35
 
 
 def test_balanced_blocks_all_speak_and_the_start_stays_bicubic() -> None:
     model, low = (
-        start_as_bicubic(span(8, img_range=4.0)),
+        start_span(new_span(8, img_range=4.0)),
         torch.cat([to_tensor(photo(24, 24, seed)) for seed in range(4)]),
     )
     high = photo(64, 64)
     before = upscale(model, clean(high))
-    balance(model, low)
+    balance_span(model, low)
     stds: dict[str, float] = {}
     for name, module in model.named_modules():
         if name.endswith(("c1_r", "c3_r")):
@@ -546,7 +545,7 @@ def test_span_refuses_bad_input_in_one_line(tmp_path: Path, folder: Path) -> Non
 
 
 def test_dsclora_puts_adapters_where_the_paper_has_them() -> None:
-    model = distillation.inject(load_span(WEIGHTS)[0])
+    model = distillation.inject_dsclora(load_span(WEIGHTS)[0])
     layers = {layer.name: layer.rank for layer in convlora.summary(model).layers}
     blocks = {f"block_{block}.c{conv}_r": 2 for block in range(1, 7) for conv in (1, 2, 3)}
     assert layers == {**blocks, "conv_2": 8, "upsampler.0": 8}
@@ -555,7 +554,7 @@ def test_dsclora_puts_adapters_where_the_paper_has_them() -> None:
 
 def test_dsclora_minimises_the_three_terms() -> None:
     model, _ = load_span(WEIGHTS)
-    distillation.inject(model)
+    distillation.inject_dsclora(model)
     for parameter in convlora.parameters(model):
         torch.nn.init.normal_(parameter, std=0.02)
     low, high = torch.rand(2, 3, 12, 12), torch.rand(2, 3, 48, 48)
@@ -621,7 +620,7 @@ def test_evaluate_measures_base_and_adapter(
     adapter = short_run[1] / "adapter.safetensors"
     evaluate.main([folder], base=WEIGHTS, adapter=adapter, degradation="camera", threads=None)
     printed = capsys.readouterr().out
-    photos = prepare([Photo(path.stem, read_image(path)) for path in image_files(folder)], 4, least=64)
+    photos = crop_photos([Photo(path.stem, read_image(path)) for path in image_files(folder)], 4, least=64)
     lows = [DEGRADATIONS["camera"](p.pixels, seed, 4) for seed, p in enumerate(photos)]
     model, _ = load_span(WEIGHTS)
     for network in (model, convlora.load(load_span(WEIGHTS)[0], adapter)):
@@ -630,7 +629,7 @@ def test_evaluate_measures_base_and_adapter(
 
 
 def test_pretraining_writes_a_network_for_the_usual_range(tmp_path: Path) -> None:
-    model = start_as_bicubic(span(8, img_range=pretrain.RANGE))
+    model = start_span(new_span(8, img_range=pretrain.RANGE))
     pretrain.save(model, tmp_path / "span.safetensors", {"steps": 0})
     loaded, _ = load_span(tmp_path / "span.safetensors")
     low = photo(24, 24)

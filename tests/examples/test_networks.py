@@ -32,8 +32,8 @@ from spandrel.architectures.SwinIR import SwinIR
 from sr.data import InputError, crop_to_multiple, image_files, read_image, to_tensor
 from sr.degradations import clean, enlarge
 from sr.metrics import psnr_y, quality
-from sr.models import predict, provenance, save_span, span, upscale
-from sr.networks import NETWORKS, load_any, network_of, quiet, rrdb, swinir
+from sr.models import new_span, predict, provenance, save_span, upscale
+from sr.networks import NETWORKS, load_any, network_of, new_rrdb, new_swinir, quiet
 from sr.starts import balance_layers, start_rrdb, start_swinir
 from test_examples import photo
 from typer.testing import CliRunner
@@ -43,7 +43,7 @@ import convlora
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data pack is not there")
 both = pytest.mark.parametrize("name", ["swinir", "rrdb"])
 SCRIPTS = {"swinir": swinir_script, "rrdb": rrdb_script}
-MAKE = {"swinir": lambda: swinir(8, depths=(2, 2)), "rrdb": lambda: rrdb(8)}
+MAKE = {"swinir": lambda: new_swinir(8, depths=(2, 2)), "rrdb": lambda: new_rrdb(8)}
 START = {"swinir": start_swinir, "rrdb": start_rrdb}
 CARRIERS = {  # their first three outputs carry the image, or are silent
     "swinir": {"conv_first", "conv_after_body"},
@@ -73,7 +73,7 @@ VARIANTS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "ESRGAN x1": ("rrdb", lambda: ESRGAN(num_filters=8, num_blocks=1, scale=1)),
     "ESRGAN+ x2": ("rrdb", lambda: ESRGAN(num_filters=8, num_blocks=1, scale=2, plus=True)),
     "Real-ESRGAN x2": ("rrdb", lambda: ESRGAN(in_nc=12, num_filters=8, num_blocks=1, scale=4, shuffle_factor=2)),
-    "SPAN x2": ("span", lambda: span(8, scale=2)),
+    "SPAN x2": ("span", lambda: new_span(8, scale=2)),
 }
 
 
@@ -157,8 +157,8 @@ def test_other_networks_and_grey_ones_are_refused_in_one_line(tmp_path: Path) ->
     save_file(Compact(num_feat=8, num_conv=2).state_dict(), tmp_path / "compact.safetensors")
     save_file(small_swinir(in_chans=1, upscale=1).state_dict(), tmp_path / "grey.safetensors")
     save_file({"weight": torch.ones(2)}, tmp_path / "strange.safetensors")
-    NETWORKS["rrdb"].save(rrdb(8), tmp_path / "rrdb.safetensors")
-    save_span(span(8), tmp_path / "span.safetensors")
+    NETWORKS["rrdb"].save(new_rrdb(8), tmp_path / "rrdb.safetensors")
+    save_span(new_span(8), tmp_path / "span.safetensors")
     cases = [
         ("compact", load_any, "a RealESRGAN Compact, not SPAN, SwinIR or RRDBNet"),
         ("grey", load_any, "a SwinIR from 1 to 1 channels, not of RGB"),

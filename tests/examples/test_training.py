@@ -25,7 +25,7 @@ from PIL import Image as PilImage
 from processes import in_processes
 from sr.data import InputError, Pair, Patches
 from sr.degradations import clean
-from sr.models import span
+from sr.models import new_span
 from sr.training import Checkpoint, Schedule, Trained, absolute_error, make_accelerator, train
 from torch.distributed.fsdp import fully_shard
 
@@ -45,7 +45,7 @@ def patches(seed: int = 0) -> Patches:
 def network(seed: int = 0) -> nn.Module:
     """A tiny SPAN; `seed` is of its adapter, the base is always the same."""
     torch.manual_seed(0)
-    model = span(8)
+    model = new_span(8)
     torch.manual_seed(seed)
     return convlora.inject(model, "block_*.c?_r", rank=2, rank_dropout=0.3)
 
