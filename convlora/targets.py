@@ -57,7 +57,7 @@ def select_layers(
                 if (reason := reasons[id(module)]) and id(module) not in parts:
                     inside = (
                         f"; for the layers inside: '{target + '.*' if target else '*'}'"
-                        if any(True for _ in module.children())
+                        if any(name != CHILD for name, _ in module.named_children())
                         else ""
                     )
                     raise ConvLoRAError(f"{operation}: target '{target}' names '{name}': {reason}{inside}")

@@ -18,9 +18,11 @@ WIDTH = 110
 SECTIONS = [  # title, module, names
     ("Adapters on a model", "convlora", (
         "inject", "remove", "merge", "unmerge", "merged", "disabled", "activate", "using", "per_sample",
-        "adapters", "parameters", "summary", "audit", "allocate_ranks",
+        "adapters", "parameters", "freeze", "changed", "summary", "audit", "allocate_ranks",
     )),
-    ("Adapters as files and values", "convlora", ("save", "load", "adapter", "Adapter", "AdapterConfig")),
+    ("Adapters as files and values", "convlora", (
+        "save", "load", "merged_state_dict", "adapter", "Adapter", "AdapterConfig",
+    )),
     ("Errors", "convlora", ("ConvLoRAError", "ConvLoRAWarning")),
     ("Distillation", "convlora.distill", (
         "Distiller", "Distilled", "spatial_affinity", "channel_affinity", "instance_affinity", "attention", "l1", "mse",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convlora.inspect.flow import DataFlow, leaves_with_gradient, nested_leaves
 from convlora.inspect.restored import restored
-from convlora.layer.adapted import peek_base_tensor, slot_of, watching_reads
+from convlora.layer.adapted import class_name, peek_base_tensor, slot_of, watching_reads
 from convlora.layer.copies import own_tensors
 from convlora.layer.lowrank import LowRank
 from convlora.model.switch import activate, disabled
@@ -64,7 +64,10 @@ class Summary:
         ]  # fmt: skip
         share = f" ({self.trainable / self.base:.2%} of the base)" if self.base else ""
         foot = f"{self.trainable:,} of {self.total:,} parameters train{share}"
-        kept = [f"; {name!r} has running statistics of {count} modules" for name, count in self.statistics.items()]
+        kept = [
+            f"; {name!r} has running statistics of {count} module{'s' * (count != 1)}"
+            for name, count in self.statistics.items()
+        ]
         return f"{text_table(columns, rows, right=3)}\n{foot}{''.join(kept)}"
 
 
@@ -84,7 +87,7 @@ def summary(model: nn.Module) -> Summary:
     statistics: Counter[str] = Counter()
     brought: set[int] = set()
     for path, module in adapted_modules(root).items():
-        kind = getattr(type(module), "_convlora_base").__name__  # noqa: B009, mypy knows no such attribute
+        kind = class_name(module)
         own = own_tensors(module)
         for name in slot_of(module).names():
             entry = slot_of(module).entry(name)

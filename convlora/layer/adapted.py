@@ -39,12 +39,18 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # --- what can be adapted -----------------------------------------------------------------------------------------
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class, of an adapted one that of its own."""
+    kind: type = getattr(type(module), "_convlora_base", type(module))
+    return kind.__name__
+
+
 def why_not(layer: nn.Module) -> str | None:
     """Why a module cannot be adapted; None if it can."""
     if not isinstance(layer, _BASES):
-        return f"{type(layer).__name__} is no convolution or Linear"
+        return f"{class_name(layer)} is no convolution or Linear"
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-        return f"{type(layer).__name__} has no shape yet (run one batch through the model first)"
+        return f"{class_name(layer)} has no shape yet (run one batch through the model first)"
     try:
         weight = peek_base_tensor(layer, "weight")
     except Exception as error:

@@ -52,6 +52,10 @@ class Slot(nn.Module):
     def entry(self, name: str) -> AdapterTensors:
         return self._modules[name]  # type: ignore[return-value]
 
+    def low_rank(self, name: str) -> LowRank:
+        """The factors of an adapter that is known to have some here."""
+        return self._modules[name]  # type: ignore[return-value]
+
     def names(self) -> list[str]:
         return list(self._modules)
 
@@ -123,12 +127,14 @@ class Slot(nn.Module):
         if torch.compiler.is_compiling():
             refuse_choice_in_graph()
         elif self.choices and (choice := chosen(self)) is not None:
-            return {} if choice.rows is not None else {n: s for n in self._modules if (s := choice.strengths.get(n))}
+            chosen_here = {} if choice.rows is not None else choice.strengths
+            return {name: chosen_here[name] for name in self._modules if chosen_here.get(name)}
         return self.strengths()
 
     def freezes_statistics(self) -> bool:
         """Whether an acting adapter says that the module's running statistics stay the base's."""
-        return any(isinstance(entry := self._modules[name], TensorCopies) and entry.freezes for name in self.acting())
+        entries = [self._modules[name] for name in self.acting()]
+        return any(isinstance(entry, TensorCopies) and entry.freezes for entry in entries)
 
     def _acting(self, strengths: Mapping[str, float], kind: str) -> Acting:
         named = [(self._modules.get(name), strength) for name, strength in strengths.items() if strength]
@@ -175,7 +181,7 @@ class Slot(nn.Module):
     def _with_copies(self, base: Any, kind: str, training: bool) -> Any:
         """The tensor of a module of which an adapter has copies: one copy itself, or a mixture."""
         strengths = self.acting()
-        copies = [(entry, s) for n, s in strengths.items() if (entry := self._copy_of(n, kind)) is not None]
+        copies = self._copies_of(strengths, kind)
         updates = self._acting(strengths, kind) if kind in ("weight", "bias") else []
         if not copies and not updates:
             return base
@@ -195,9 +201,9 @@ class Slot(nn.Module):
                 )
             return self._compose(base, kind, updates, copies, dropout=dropout, exact=self._exact and self.merged)
 
-    def _copy_of(self, name: str, kind: str) -> TensorCopies | None:
-        entry = self._modules[name]
-        return entry if isinstance(entry, TensorCopies) and entry.holds(kind) else None
+    def _copies_of(self, strengths: Mapping[str, float], kind: str) -> list[tuple[TensorCopies, float]]:
+        named = [(self._modules[name], strength) for name, strength in strengths.items()]
+        return [(entry, s) for entry, s in named if isinstance(entry, TensorCopies) and entry.holds(kind)]
 
     def _moving(self, copies: list[tuple[TensorCopies, float]], kind: str) -> Tensor:
         """In train mode a module writes its buffers: those of the one adapter that trains.
@@ -218,7 +224,7 @@ class Slot(nn.Module):
 
     def own_buffer(self, kind: str) -> TensorCopies | None:
         """Whose copy a module writes when it assigns a buffer; None: the base's."""
-        copies = [(entry, s) for n, s in self.acting().items() if (entry := self._copy_of(n, kind)) is not None]
+        copies = self._copies_of(self.acting(), kind)
         if not copies:
             return None
         self._moving(copies, kind)
@@ -291,7 +297,7 @@ class Slot(nn.Module):
 
     def swap(self, name: str, factors: Mapping[str, Tensor], config: AdapterConfig, alpha: float) -> None:
         """Make an adapter that of another file with the same shapes, in place."""
-        low_rank = self.low_ranks()[name]
+        low_rank = self.low_rank(name)
         low_rank.copy_(factors)
         low_rank.configure(config, alpha)
         self._fused.clear()

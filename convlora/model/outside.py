@@ -116,7 +116,9 @@ def changed(model: nn.Module) -> list[str]:
                 if not same and tensor.dtype == record.dtype and record.bits is not None:
                     written.append((tensor_key(path, name), tensor, record))
     sums = _sums_of_bits([tensor for _, tensor, _ in written])
-    found.update({name: None for (name, _, record), bits in zip(written, sums, strict=True) if bits != record.bits})
+    for (name, _, record), bits in zip(written, sums, strict=True):
+        if bits is not None and bits != record.bits:
+            found[name] = None
     return [name for name, _ in _named_tensors(root) if name in found]
 
 
@@ -157,7 +159,7 @@ def _sum_of_bits(tensor: Tensor) -> Tensor | None:
 
 
 def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if nn.parameter.is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 def _set_requires_grad(parameter: Tensor, value: bool) -> None:

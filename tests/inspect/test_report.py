@@ -32,7 +32,9 @@ def test_summary_prints_a_table() -> None:
     lines = str(convlora.summary(adapted_net())).splitlines()
     assert lines[0].split() == ["layer", "type", "shape", "adapter", "factors", "rank", "parameters", "share"]
     assert lines[2].split() == ["0", "Conv2d", "8×3×3×3", "default", "convlora", "1", "99", "44.2%"]
-    assert lines[-1] == "332 of 1,391 parameters train (31.35% of the base)"
+    assert (
+        lines[-1] == "332 of 1,391 parameters train (31.35% of the base); 'default' has running statistics of 1 module"
+    )
     assert convlora.summary(net()).layers == []
 
 

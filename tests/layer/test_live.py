@@ -93,7 +93,7 @@ def another_adapter(model: Any, tmp_path: Path) -> None:
 def another_alpha(model: Any, tmp_path: Path) -> None:
     config = dataclasses.replace(convlora.adapter(model).config, alpha=3.0)
     for layer in model.modules():
-        if isinstance(layer, Adapted):
+        if isinstance(layer, Adapted) and slot_of(layer).low_ranks():
             low_rank = slot_of(layer).low_rank("default")
             slot_of(layer).swap("default", dict(low_rank.factors()), config, 3.0)
 

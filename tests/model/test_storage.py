@@ -190,7 +190,7 @@ def orphan(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
 
 
 def newer(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    metadata["convlora.format_version"] = "2"
+    metadata["convlora.format_version"] = "3"
 
 
 def no_layers(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -215,7 +215,7 @@ EDITS = {
     "non-finite": (set_nan, r"non-finite: 0\.lora_A, 6\.lora_B"),
     "dropped": (drop, r"missing: 0\.lora_A, 4\.lora_B; unexpected: 3\.lora_C"),
     "orphan": (orphan, r"unexpected: 7\.lora_A"),
-    "newer": (newer, "format version '2', this release reads 1; update convlora"),
+    "newer": (newer, "format version '3', this release reads 2; update convlora"),
     "no layers": (no_layers, "malformed metadata"),
     "bad layers": (bad_layers, "rank -2"),
     "no entries": (no_entries, "unexpected|malformed"),
