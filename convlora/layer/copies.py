@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from convlora.config import AdapterConfig
 from convlora.layer.loading import AdapterTensors
 
+_GAIN = "_convlora_gain"
+
 
 class TensorCopies(AdapterTensors):
     """One adapter's own copies of tensors of one module, by their names there.
@@ -28,25 +30,34 @@ class TensorCopies(AdapterTensors):
         self.strength = 1.0
         # All of the adapter's modules: which of several adapters trains decides whose statistics move.
         self.adapter_modules: list[nn.Module] = [self]
+        self._names = tuple(tensors)
         for name, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
                 self._parameters[name] = tensor
             else:
                 self.register_buffer(name, tensor)
+        # The strength as a tensor, for compiled models: another one makes no graph anew.
+        device = next(iter(tensors.values())).device if tensors else None
+        self.register_buffer(_GAIN, torch.ones((), dtype=torch.float32, device=device), persistent=False)
+
+    @property
+    def gain(self) -> Tensor:
+        return self._buffers[_GAIN]  # type: ignore[return-value]
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensor name -> copy."""
-        held = {**self._parameters, **self._buffers}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
+        return {name: self.tensor(name) for name in self._names}
 
     def holds(self, name: str) -> bool:
-        return name in self._parameters or name in self._buffers
+        return name in self._names
 
     def tensor(self, name: str) -> Tensor:
         return self._parameters[name] if name in self._parameters else self._buffers[name]  # type: ignore[return-value]
 
     def set_strength(self, strength: float) -> None:
         self.strength = strength
+        with torch.no_grad():
+            self.gain.fill_(strength)
 
     def copy_(self, values: Mapping[str, Tensor]) -> None:
         """Take other values of the same shapes, in place."""
@@ -69,10 +80,10 @@ class TensorCopies(AdapterTensors):
         return any(p.requires_grad for module in self.adapter_modules for p in module.parameters(recurse=False))
 
     def tensor_names(self) -> Iterable[str]:
-        return self.tensors()
+        return self._names
 
     def extra_repr(self) -> str:
-        held = ", ".join(self.tensors()) or "statistics frozen"
+        held = ", ".join(self._names) or "statistics frozen"
         return f"{held}, strength={self.strength:g}"
 
 

@@ -48,7 +48,7 @@ def thaw_base(root: nn.Module, released: Iterable[nn.Module]) -> None:
     held = {id(p) for _, m in base_modules(root) if isinstance(m, Adapted) for p in m._parameters.values()}
     for module in released if adapter_slots(root) else list(root.modules()):
         for name, record in module.__dict__.pop(_RECORDS, {}).items():
-            p = module._parameters.get(name)
+            p = own_tensors(module).get(name)
             if record.trained and p is not None and id(p) not in held:
                 _set_requires_grad(p, True)
 
