@@ -152,15 +152,19 @@ def _placed(
     if type(stated) is not dict or not all(type(names) is list for names in stated.values()):
         raise ValueError("modules are described by another thing than {path: [names]}")
     copies = {tensor_key(path, str(name)): (path, str(name)) for path, names in stated.items() for name in names}
+    for full, (path, name) in copies.items():
+        if full in tensors:
+            modules.setdefault(path, {})[name] = tensors[full]
+        else:
+            problems.missing.append(full)
     for full, tensor in tensors.items():
         path, _, name = full.rpartition(".")
         if full in copies:
-            modules.setdefault(copies[full][0], {})[copies[full][1]] = tensor
-        elif path in own:
+            continue
+        if path in own:
             own[path][name] = tensor
         else:
             problems.unexpected.append(full)
-    problems.missing += [full for full in copies if full not in tensors]
     if problems:
         raise ConvLoRAError(str(problems))
     return {path: replace(layer, tensors=own[path]) for path, layer in layers.items()}, modules

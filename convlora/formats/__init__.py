@@ -126,7 +126,8 @@ def write(
 
     PEFT and LoCon files hold the factorization `"locon"`, loralib ones `"convlora"`; an adapter of another one is
     brought to it by `Adapter.refactor`: without loss but for rounding, at the rank that this needs. What other
-    libraries then compute is theirs: PEFT ignores a convolution's dilation and `padding_mode`. Fingerprints stay here.
+    libraries then compute is theirs: PEFT ignores a convolution's dilation and `padding_mode`. Copies of modules go to
+    PEFT (`modules_to_save`). Fingerprints stay here.
 
     Args:
         adapter: what to write.
@@ -157,6 +158,11 @@ def write(
         raise ConvLoRAError(f"write: alpha= is for loralib files; {kind} states that of each layer")
     if not overwrite and (any(place.iterdir()) if os.path.isdir(place) else os.path.lexists(place)):
         raise ConvLoRAError(f"write: '{path}' exists; overwrite=True replaces it")
+    if adapter.modules and kind in ("locon", "loralib"):
+        raise ConvLoRAError(
+            f"write: a {kind} file holds no copies of modules, and the adapter has some of {len(adapter.modules)}"
+            f" (first: '{next(iter(adapter.modules))}'); write convlora or peft"
+        )
     if kind == "convlora":
         write_adapter(adapter, place)
     elif kind == "peft":
