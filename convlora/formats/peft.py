@@ -58,6 +58,7 @@ _REFUSED = {
     "use_bdlora": "BD-LoRA has block-diagonal factors",
     "use_qalora": "QALoRA pools its input",
 }
+_STATISTICS = ("running_", "num_batches_tracked")
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights
 _TENSORS = {
     "lora_magnitude_vector": "DoRA rescales the whole weight",
@@ -193,7 +194,9 @@ def _layer(path: str, own: Mapping[str, Tensor], rank: int, alpha: float, scale:
     return LayerFactors(tensors, WeightSpec((b.shape[0], *a.shape[1:])), rank, alpha)
 
 
-def write(adapter: Adapter, path: str | os.PathLike[str], prefix: str | None) -> None:
+def write(
+    adapter: Adapter, path: str | os.PathLike[str], prefix: str | None, base: Mapping[str, Any] | None = None
+) -> None:
     """Write a PEFT directory; see `convlora.formats.write`."""
     adapter = adapter.refactor("locon")
     _check(adapter)
@@ -207,7 +210,7 @@ def write(adapter: Adapter, path: str | os.PathLike[str], prefix: str | None) ->
         if with_bias:
             tensors[f"{stem}.lora_B.bias"] = _bias(layer, adapter.config.scale(layer.rank, layer.alpha))
     start = PREFIX if prefix is None else prefix
-    for module_path, copies in adapter.modules.items():
+    for module_path, copies in _whole_modules(adapter, base).items():
         tensors |= {f"{start}{module_path}.{name}": tensor for name, tensor in copies.items()}
     settings = json.dumps(_config(adapter, with_bias), indent=2, sort_keys=True)
     write_folder(path, {WEIGHTS: to_safetensors(tensors, {"format": "pt"}), CONFIG: settings.encode()})
@@ -230,6 +233,22 @@ def _check(adapter: Adapter) -> None:
             raise ConvLoRAError(f"write: no PEFT adapter holds this one: '{path}' {reason}")
     if "" in adapter.modules:
         raise ConvLoRAError("write: no PEFT adapter holds this one: it has tensors of the model itself")
+
+
+def _whole_modules(adapter: Adapter, base: Mapping[str, Any] | None) -> dict[str, dict[str, Tensor]]:
+    """The copies with all that their modules hold beside statistics, as PEFT has them."""
+    whole = {path: dict(tensors) for path, tensors in adapter.modules.items()}
+    alone = [path for path, tensors in whole.items() if all(name.startswith(_STATISTICS) for name in tensors)]
+    if alone and base is None:
+        raise ConvLoRAError(
+            f"write: PEFT saves whole modules, and of {len(alone)} (first: '{alone[0]}') the adapter has running statistics"
+            " only; give the rest by base=, the base's state dict, or name them in modules_to_save"
+        )
+    for path in alone:
+        beside = {n.removeprefix(f"{path}."): t for n, t in (base or {}).items() if n.startswith(f"{path}.")}
+        rest = {n: t.detach().cpu() for n, t in beside.items() if "." not in n and isinstance(t, Tensor)}
+        whole[path] = {**rest, **whole[path]}
+    return whole
 
 
 def _bias(layer: LayerFactors, scale: float) -> Tensor:

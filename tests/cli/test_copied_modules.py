@@ -105,7 +105,7 @@ def test_combine_averages_the_copies(folder: Path) -> None:
 
 def test_resize_and_convert_keep_the_copies(folder: Path) -> None:
     run("resize", "rain.safetensors", "--energy", "1", "-o", "small.safetensors")
-    run("convert", "rain.safetensors", "--to", "peft", "-o", "peft")
+    run("convert", "rain.safetensors", "--to", "peft", "--base", "base.pth", "-o", "peft")
     run("convert", "peft", "--to", "convlora", "-o", "back.safetensors")
     expected = convlora.Adapter.read("rain.safetensors").modules
     for name in ("small", "back"):

@@ -475,7 +475,9 @@ def test_modules_that_are_saved_here_load_in_peft(tmp_path: Path, peft: Any) -> 
     trained(model, convlora.parameters(model))
     adapter = convlora.adapter(model)
     assert sorted(adapter.modules) == ["bn", "head.0", "head.2"]  # the statistics have moved
-    formats.write(adapter, tmp_path / "rain", "peft")
+    with pytest.raises(ConvLoRAError, match="PEFT saves whole modules, and of 1 \\(first: 'bn'\\)"):
+        formats.write(adapter, tmp_path / "rain", "peft")
+    formats.write(adapter, tmp_path / "rain", "peft", base=base.state_dict())
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "rain").eval()
     torch.testing.assert_close(loaded(x), model(x))
     again = formats.read(tmp_path / "rain")
