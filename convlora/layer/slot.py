@@ -94,7 +94,7 @@ class Slot(nn.Module):
     def effective(self, base: Tensor, kind: str) -> Tensor:
         """The base weight or bias with the adapters that act for the caller; `base` itself if none acts on it."""
         if torch.compiler.is_compiling():
-            refuse_choice_in_graph()
+            refuse_choice_in_graph(self)
             return self._in_graph(base, kind)
         if self.choices and (choice := chosen(self)) is not None:
             strengths = choice.strengths if choice.rows is None else self._of_row()
