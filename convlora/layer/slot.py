@@ -111,7 +111,7 @@ class Slot(nn.Module):
         if self.has_copies and (copies := self._acting_copies(kind)):
             return self._with_copies(base, kind, training, copies)
         if torch.compiler.is_compiling():
-            refuse_choice_in_graph()
+            refuse_choice_in_graph(self)
             return self._in_graph(base, kind)
         if self.choices and (choice := chosen(self)) is not None:
             if choice.rows is not None and not self.low_ranks():
