@@ -241,8 +241,8 @@ def _whole_modules(adapter: Adapter, base: Mapping[str, Any] | None) -> dict[str
     alone = [path for path, tensors in whole.items() if all(name.startswith(_STATISTICS) for name in tensors)]
     if alone and base is None:
         raise ConvLoRAError(
-            f"write: PEFT saves whole modules, and of {len(alone)} (first: '{alone[0]}') the adapter has running statistics"
-            " only; give the rest by base=, the base's state dict, or name them in modules_to_save"
+            f"write: PEFT saves whole modules, and of {len(alone)} (first: '{alone[0]}') the adapter has running"
+            " statistics only; give the rest by base=, the base's state dict, or name them in modules_to_save"
         )
     for path in alone:
         beside = {n.removeprefix(f"{path}."): t for n, t in (base or {}).items() if n.startswith(f"{path}.")}
