@@ -133,7 +133,7 @@ class Slot(nn.Module):
 
     def _acting_names(self) -> Iterable[str]:
         if torch.compiler.is_compiling():  # a graph reads no strength, which would make it anew for each
-            refuse_choice_in_graph()
+            refuse_choice_in_graph(self)
             return self.active
         return self.acting() if self.choices else self.active
 
