@@ -1,0 +1,169 @@
+"""The methods that classify.py compares an adapter with: linear probe, full fine-tuning, PEFT."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from classification.data import Task
+from classification.network import SmallResNet
+from classification.training import Training, accuracy, outputs, train
+
+RATES = {"base": 3e-3, "probe": 1e-1, "full": 2e-3, "adapter": 1e-2}  # of the three methods by search.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One method on one task: what was reached, and what its file is worth in a network that has only the base."""
+
+    method: str
+    task: str
+    seed: int
+    live: float  # accuracy of the network that was trained
+    reloaded: float  # accuracy of a fresh base with the file
+    difference: float  # the largest, between the logits of the two
+    trained: int  # parameters
+    file_bytes: int
+    base_back: bool  # whether what was trained can be taken off and the base's outputs are bitwise there again
+
+
+def outcome(
+    method: str,
+    task: Task,
+    seed: int,
+    *,
+    live: Tensor,
+    reloaded: Tensor,
+    trained: int,
+    file: Path,
+    base_back: bool,
+) -> Outcome:
+    """An `Outcome` from the logits of held-out images."""
+    return Outcome(
+        method=method,
+        task=task.name,
+        seed=seed,
+        live=accuracy(live, task.test),
+        reloaded=accuracy(reloaded, task.test),
+        difference=float((live - reloaded).abs().max()),
+        trained=trained,
+        file_bytes=size(file),
+        base_back=base_back,
+    )
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of a folder's files that are needed to load it: weights and configuration."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in {".safetensors", ".json"}]
+    return sum(file.stat().st_size for file in files)
+
+
+def with_new_head(base: SmallResNet, task: Task) -> SmallResNet:
+    """The network with a head for the task's classes in the place of its own."""
+    base.fc = nn.Linear(base.fc.in_features, len(task.classes))
+    return base
+
+
+def linear_probe(
+    fresh: Callable[[], SmallResNet], task: Task, training: Training, file: Path, *, rate: float = RATES["probe"]
+) -> Outcome:
+    """A new head on frozen features; BatchNorm stays as it is. The file has the head alone."""
+    model = with_new_head(fresh().requires_grad_(False), task)
+    before = outputs(model, task.test.images)
+    old_head = {key: value.clone() for key, value in model.fc.state_dict().items()}
+    train(model, model.fc.parameters(), task, training, rate, frozen_statistics=True)
+    live = outputs(model, task.test.images)
+    save_file(model.fc.state_dict(prefix="fc."), file)
+    loaded = with_new_head(fresh(), task)
+    loaded.load_state_dict(load_file(file), strict=False)
+    model.fc.load_state_dict(old_head)
+    return outcome(
+        "linear probe",
+        task,
+        training.seed,
+        live=live,
+        reloaded=outputs(loaded, task.test.images),
+        trained=count(model.fc.parameters()),
+        file=file,
+        base_back=torch.equal(outputs(model, task.test.images), before),
+    )
+
+
+def full_fine_tuning(
+    fresh: Callable[[], SmallResNet], task: Task, training: Training, file: Path, *, rate: float = RATES["full"]
+) -> Outcome:
+    """Every weight. The file is another whole network."""
+    model = with_new_head(fresh(), task)
+    train(model, model.parameters(), task, training, rate)
+    live = outputs(model, task.test.images)
+    save_file(model.state_dict(), file)
+    loaded = with_new_head(fresh(), task)
+    loaded.load_state_dict(load_file(file))
+    return outcome(
+        "full fine-tuning",
+        task,
+        training.seed,
+        live=live,
+        reloaded=outputs(loaded, task.test.images),
+        trained=count(model.parameters()),
+        file=file,
+        base_back=False,  # it was overwritten
+    )
+
+
+def peft_lora(
+    fresh: Callable[[], SmallResNet],
+    task: Task,
+    training: Training,
+    folder: Path,
+    *,
+    targets: Sequence[str],
+    rank: int,
+    modules_to_save: Sequence[str],
+    rate: float = RATES["adapter"],
+) -> Outcome:
+    """PEFT's LoRA of the same rank on the same convolutions; the folder is what `save_pretrained` writes."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(
+        target_modules=[*targets],
+        r=rank,
+        lora_alpha=rank,
+        modules_to_save=[*modules_to_save],
+    )
+    model = get_peft_model(with_new_head(fresh(), task), config)
+    with model.disable_adapter():
+        before = outputs(model, task.test.images)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    train(model, trained, task, training, rate)
+    live = outputs(model, task.test.images)
+    model.save_pretrained(folder)
+    loaded = PeftModel.from_pretrained(with_new_head(fresh(), task), folder)
+    with model.disable_adapter():
+        after = outputs(model, task.test.images)
+    return outcome(
+        "PEFT" if [*modules_to_save] == ["fc"] else "PEFT, BatchNorms saved",
+        task,
+        training.seed,
+        live=live,
+        reloaded=outputs(loaded, task.test.images),
+        trained=count(trained),
+        file=folder,
+        base_back=torch.equal(after, before),
+    )
+
+
+def has_peft() -> bool:
+    """Whether PEFT can be imported; `pip install -e '.[examples,peft]'` brings it."""
+    return importlib.util.find_spec("peft") is not None
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers."""
+    return sum(parameter.numel() for parameter in parameters)
