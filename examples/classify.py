@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -48,7 +48,11 @@ from torch import Tensor
 
 import convlora
 
-CONVOLUTIONS = ["conv1", "conv2", "downsample.0"]  # of a torchvision ResNet: all of them
+CONVOLUTIONS = ["layer*.conv?", "layer*.downsample.0"]  # all but the stem
+IN_FULL = ["fc", "re:conv1"]  # the head, and the stem, whose 144 weights no low rank makes fewer
+OURS = {"locon": "convlora, locon factors", "convlora": "convlora"}  # what the table calls them
+RANKS = {"locon": 4, "convlora": 2}  # much the same number of parameters; PEFT factorizes like locon
+IN_PEFT = r".*(conv.|downsample\.0)"  # all of them, the stem by a low rank, too
 BATCH_NORMS = ["bn1", "bn2", "downsample.1"]
 PROMISED = {"digits": 0.05, "greek": 0.3}  # accuracy over the linear probe that a default run reaches
 FREE = {"seeds", "threads", "out"}  # options that change no promise
@@ -60,8 +64,6 @@ def main(
     context: typer.Context,
     steps: Annotated[int, typer.Option(help="Of each method on each task.", min=1)] = 200,
     base_steps: Annotated[int, typer.Option(help="Of the base, on letters.", min=1)] = 400,
-    rank: Annotated[int, typer.Option(help="Of each update.", min=1)] = 4,
-    factors: Annotated[Literal["convlora", "locon"], typer.Option(help="Factorization; PEFT's is locon.")] = "locon",
     seeds: Annotated[int, typer.Option(help="Runs of each method, with other heads, factors and batches.", min=1)] = 1,
     threads: Annotated[int | None, typer.Option(help="CPU threads, else all.", min=1)] = None,
     out: Annotated[Path, typer.Option(help="Folder for what the run writes.")] = Path("runs/classify"),
@@ -89,37 +91,38 @@ def main(
         model.load_state_dict(load_file(out / "base.safetensors"))
         return model.eval()
 
-    # 2. Both tasks by all methods, the adapter last.
+    # 2. Both tasks by all methods, the adapters last. Each adapter is a file.
     outcomes: list[Outcome] = []
-    live: dict[str, Tensor] = {}  # logits of the first seed's adapted networks, as trained
+    live: dict[str, Tensor] = {}  # by file: logits of the adapted networks as trained
     for task in tasks:
         for seed in range(seeds):
             training = Training(steps=steps, seed=seed)
-            outcomes += others(fresh, task, training, rank)
-            torch.manual_seed(seed)
-            file = out / f"{task.name}{f'_{seed}' if seed else ''}.safetensors"
-            reached, says = adapt(fresh, task, training, rank, factors, file)
-            outcomes.append(reached)
-            live.setdefault(task.name, says)
-            console.print(f"{task.name}, seed {seed}: {time.perf_counter() - started:.0f} s")
+            outcomes += others(fresh, task, training)
+            for factors in RANKS:
+                file = out / f"{task.name}-{factors}-{seed}.safetensors"
+                reached, live[file.stem] = adapt(fresh, task, training, factors, file)
+                outcomes.append(reached)
+            console.print(f"{task.name}, seed {seed}: done after {time.perf_counter() - started:.0f} s")
+    files = {task.name: out / f"{task.name}-convlora-0.safetensors" for task in tasks}
+    says = {task.name: live[files[task.name].stem] for task in tasks}
 
     # 3. Both files on one base, switched there and back, then all off, and removed.
     served = fresh()
-    for task in tasks:
-        convlora.load(served, out / f"{task.name}.safetensors")
+    for file in files.values():
+        convlora.load(served, file)
     switched = []
-    for task in [*tasks, *tasks[::-1]]:
+    for task in [*tasks, *tasks]:
         convlora.activate(served, task.name)
-        switched.append(torch.equal(outputs(served, task.test.images), live[task.name]))
+        switched.append(torch.equal(outputs(served, task.test.images), says[task.name]))
     convlora.activate(served, [])
     off = {task.name: outputs(served, task.test.images) for task in [letters, *tasks]}
     convlora.remove(served)
     removed = outputs(served, letters.test.images)
 
     # 4. One task merged into a plain network, for programs that know nothing of adapters.
-    merged = convlora.load(fresh(), out / "digits.safetensors")
     plain = with_new_head(fresh(), tasks[0])
-    plain.load_state_dict(convlora.merged_state_dict(merged))
+    plain.load_state_dict(convlora.merged_state_dict(convlora.load(fresh(), files["digits"])))
+    merged = outputs(plain, tasks[0].test.images)
 
     # 5. What came out.
     lines = lines_of(outcomes)
@@ -127,12 +130,12 @@ def main(
     if not has_peft():
         console.print("no rows of PEFT: it is not installed (pip install -e '.[examples,peft]')")
     shown = [Shown(letters, None, base_says, letters.classes)]
-    shown += [Shown(task, live[task.name], off[task.name], letters.classes) for task in tasks]
+    shown += [Shown(task, says[task.name], off[task.name], letters.classes) for task in tasks]
     save_picture(out / "classify.png", lines, shown)
     seconds = time.perf_counter() - started
 
     # 6. What an adapter promises.
-    ours = [reached for reached in outcomes if reached.method == "convlora"]
+    ours = [reached for reached in outcomes if reached.method in OURS.values()]
     checks = {
         "the file on a fresh base gives the trained network's outputs bitwise": all(
             reached.difference == 0 for reached in ours
@@ -144,7 +147,7 @@ def main(
             and same(served.state_dict(), base.state_dict())
             and all(reached.base_back for reached in ours)
         ),
-        "merged into a plain network, bitwise": torch.equal(outputs(plain, tasks[0].test.images), live["digits"]),
+        "merged into a plain network, bitwise": torch.equal(merged, says["digits"]),
     }
     if is_default_run(context):
         for task, gain in PROMISED.items():
@@ -153,7 +156,7 @@ def main(
                 means["convlora"] >= means["linear probe"] + gain
             )
     results = {
-        "options": {"steps": steps, "base_steps": base_steps, "rank": rank, "factors": factors, "seeds": seeds},
+        "options": {"steps": steps, "base_steps": base_steps, "seeds": seeds},
         "device": f"cpu, {torch.get_num_threads()} threads",
         "versions": versions(),
         "seconds": round(seconds, 1),
@@ -176,7 +179,6 @@ def adapt(
     fresh: Callable[[], SmallResNet],
     task: Task,
     training: Training,
-    rank: int,
     factors: str,
     file: Path,
     *,
@@ -188,9 +190,9 @@ def adapt(
     convlora.inject(
         model,
         CONVOLUTIONS,
-        rank=rank,
+        rank=RANKS[factors],
         factors=factors,
-        modules_to_save=["fc"],  # trained in full, a copy of the adapter's own
+        modules_to_save=IN_FULL,  # a copy of the adapter's own
         norm_statistics="adapter",  # every BatchNorm's running statistics likewise; the base's stay
         name=task.name,
     )
@@ -202,7 +204,7 @@ def adapt(
     reloaded = outputs(loaded, task.test.images)
     convlora.remove(model)
     reached = outcome(
-        "convlora",
+        OURS[factors],
         task,
         training.seed,
         live=live,
@@ -214,11 +216,11 @@ def adapt(
     return reached, live
 
 
-def others(fresh: Callable[[], SmallResNet], task: Task, training: Training, rank: int) -> list[Outcome]:
+def others(fresh: Callable[[], SmallResNet], task: Task, training: Training) -> list[Outcome]:
     """The same task by the methods of classification/methods.py."""
     runs = [linear_probe, full_fine_tuning]
     if has_peft():
-        peft = functools.partial(peft_lora, targets=CONVOLUTIONS, rank=rank)
+        peft = functools.partial(peft_lora, targets=IN_PEFT, rank=RANKS["locon"])
         runs += [
             functools.partial(peft, modules_to_save=["fc"]),
             functools.partial(peft, modules_to_save=["fc", *BATCH_NORMS]),

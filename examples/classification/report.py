@@ -114,7 +114,7 @@ def draw_example(axes: Axes, data: Shown, index: int) -> None:
     says = data.base if data.adapted is None else data.adapted
     answer, truth = int(says[index].argmax()), int(data.task.test.labels[index])
     text = data.task.classes[answer] + ("" if answer == truth else f" (is {data.task.classes[truth]})")
-    axes.set_title(text, fontsize=11, pad=3, color=LIVE if answer == truth else WRONG)
+    axes.set_title(text, fontsize=11, pad=5, color=LIVE if answer == truth else WRONG)
     if data.adapted is not None:
         axes.set_xlabel(f"off: {data.base_classes[int(data.base[index].argmax())]}", fontsize=8, color="#5f6b7a")
 

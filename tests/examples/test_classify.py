@@ -167,7 +167,7 @@ def test_probe_and_full_fine_tuning_come_back_from_their_files(
 def test_peft_loses_statistics_unless_the_batch_norms_are_saved(
     small: data.Task, fresh: Callable[[], SmallResNet], tmp_path: Path
 ) -> None:
-    options = dict(targets=classify.CONVOLUTIONS, rank=4)
+    options = dict(targets=classify.IN_PEFT, rank=4)
     bare = peft_lora(fresh, small, TINY, tmp_path / "bare", modules_to_save=["fc"], **options)
     whole = peft_lora(fresh, small, TINY, tmp_path / "whole", modules_to_save=["fc", *classify.BATCH_NORMS], **options)
     assert bare.difference > 0
@@ -177,11 +177,11 @@ def test_peft_loses_statistics_unless_the_batch_norms_are_saved(
     assert whole.trained == bare.trained + 2400
 
 
-@pytest.mark.parametrize("factors", ["convlora", "locon"])
+@pytest.mark.parametrize("factors", classify.RANKS)
 def test_an_adapter_comes_back_from_its_file_and_leaves_the_base(
     factors: str, small: data.Task, fresh: Callable[[], SmallResNet], tmp_path: Path
 ) -> None:
-    reached, live = classify.adapt(fresh, small, TINY, 2, factors, tmp_path / "digits.safetensors")
+    reached, live = classify.adapt(fresh, small, TINY, factors, tmp_path / "digits.safetensors")
     assert live.shape == (64, 10)
     assert reached.difference == 0
     assert reached.base_back
@@ -219,7 +219,7 @@ def test_the_script_runs_and_writes_what_it_shows(tmp_path: Path) -> None:
         "linear probe",
         "full fine-tuning",
         *(["PEFT", "PEFT, BatchNorms saved"] if has_peft() else []),
-        "convlora",
+        *classify.OURS.values(),
     ]
     assert [(reached["task"], reached["method"]) for reached in results["outcomes"]] == [
         (task, method) for task in ("digits", "greek") for method in methods
@@ -229,7 +229,7 @@ def test_the_script_runs_and_writes_what_it_shows(tmp_path: Path) -> None:
         assert f"{100 * reached['reloaded']:.1f}" in result.stdout
     ours = [reached for reached in results["outcomes"] if reached["method"] == "convlora"]
     for reached in ours:
-        assert reached["file_bytes"] == (tmp_path / f"{reached['task']}.safetensors").stat().st_size
+        assert reached["file_bytes"] == (tmp_path / f"{reached['task']}-convlora-0.safetensors").stat().st_size
     assert all(results["checks"].values())
     with PilImage.open(tmp_path / "classify.png") as picture:
         assert min(picture.size) > 500
