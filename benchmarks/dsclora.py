@@ -36,7 +36,7 @@ import convlora
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from sr.data import Patches
-from sr.distillation import Distillation, inject
+from sr.distillation import Distillation, inject_dsclora
 from sr.models import load_span
 from sr.training import Schedule, make_accelerator, train
 from trials import Result, carry_all, count, judge, mean_and_deviation, photos
@@ -103,7 +103,7 @@ def carry_out(run: Run, data: Path, bases: dict[str, Path]) -> Result:
     model, _ = load_span(bases[run.base])
     teacher = load_span(bases[run.by])[0].requires_grad_(False) if run.by else None
     result: Result = {"base_parameters": count(model.parameters())}
-    parameters = list(model.parameters()) if run.full else convlora.parameters(inject(model))
+    parameters = list(model.parameters()) if run.full else convlora.parameters(inject_dsclora(model))
     if run.steps:
         trained = train(
             model,
@@ -209,7 +209,7 @@ def inference(bases: dict[str, Path], rounds: int) -> Section:
     )
     x = torch.rand(1, 3, 96, 128)
     for name, path in bases.items():
-        base, adapted = load_span(path)[0].eval(), inject(load_span(path)[0]).eval()
+        base, adapted = load_span(path)[0].eval(), inject_dsclora(load_span(path)[0]).eval()
         with torch.no_grad():
             for parameter in convlora.parameters(adapted):
                 parameter.normal_(std=0.01)

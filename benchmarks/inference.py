@@ -26,15 +26,15 @@ from spandrel.architectures.ESRGAN import ESRGAN
 from torch import Tensor, nn
 
 import convlora
-from convlora.layer import slot_of
-from convlora.walk import adapted_layers
+from convlora.layer.adapted import slot_of
+from convlora.model.traversal import adapted_layers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from sr.models import span
+from sr.models import new_span
 
 RANK = 4
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "SPAN-26": (lambda: span(26), (1, 3, 48, 48)),
+    "SPAN-26": (lambda: new_span(26), (1, 3, 48, 48)),
     "ESRGAN, 23 blocks": (lambda: ESRGAN(num_filters=64, num_blocks=23), (1, 3, 16, 16)),
 }
 
@@ -123,7 +123,7 @@ def recompilations() -> int:
         return graph.forward
 
     torch.compiler.reset()
-    model, x = adapted(lambda: span(8), ["a"]), torch.rand(1, 3, 16, 16)
+    model, x = adapted(lambda: new_span(8), ["a"]), torch.rand(1, 3, 16, 16)
     fast = torch.compile(model, backend=backend, fullgraph=True)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "a.safetensors"
@@ -148,7 +148,7 @@ def several(rounds: int) -> Section:
         ("net", "per_sample, ms", "each alone", "batch of one adapter", "largest difference"),
     )
     for channels in (26, 48):
-        model, x = adapted(lambda channels=channels: span(channels), names), torch.rand(4, 3, 48, 48)
+        model, x = adapted(lambda channels=channels: new_span(channels), names), torch.rand(4, 3, 48, 48)
 
         def alone(model: nn.Module = model, x: Tensor = x) -> Tensor:
             return torch.cat([convlora.activate(model, name)(row[None]) for name, row in zip(names, x, strict=True)])
@@ -157,7 +157,7 @@ def several(rounds: int) -> Section:
             with convlora.per_sample(model, names):
                 return model(x)  # type: ignore[no-any-return]
 
-        same = adapted(lambda channels=channels: span(channels), names)
+        same = adapted(lambda channels=channels: new_span(channels), names)
         difference = float((alone() - together()).abs().max())
         cases = [
             Case("together", lambda _, run=together: run()),

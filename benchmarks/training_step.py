@@ -49,10 +49,10 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, resnet50
 
 import convlora
-from convlora import forms
+from convlora.layer import forms
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from sr.models import span
+from sr.models import new_span
 
 Layers = nn.Conv2d | nn.Linear
 
@@ -88,8 +88,8 @@ def swinir(channels: int, depths: tuple[int, ...]) -> nn.Module:
 
 
 NETS = {
-    "SPAN-26": Net(lambda: span(26), (4, 3, 48, 48)),
-    "SPAN-48": Net(lambda: span(48), (4, 3, 48, 48)),
+    "SPAN-26": Net(lambda: new_span(26), (4, 3, 48, 48)),
+    "SPAN-48": Net(lambda: new_span(48), (4, 3, 48, 48)),
     "RRDB, 3 blocks": Net(lambda: ESRGAN(num_filters=64, num_blocks=3), (2, 3, 32, 32)),
     "RRDB, 23 blocks": Net(lambda: ESRGAN(num_filters=64, num_blocks=23), (1, 3, 32, 32), ranks=(4, 8)),
     "SwinIR-60, convs": Net(lambda: swinir(60, (6, 6)), (1, 3, 48, 48), nn.Conv2d),

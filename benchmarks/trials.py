@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sr.data import Pair, degraded_pairs, prepare, read_folder
+from sr.data import Pair, crop_photos, degraded_pairs, read_folder
 from sr.degradations import DEGRADATIONS
 from sr.metrics import quality
 from sr.models import upscale
@@ -62,7 +62,7 @@ def carry_all(
 def photos(data: Path, name: str, degradation: str, draws: int = 1) -> list[Pair]:
     """The pairs of `"train"`, `"kept out"`, `"set5"` or `"val"`, x4."""
     folder = data / {"set5": "set5/HR", "val": "bsds/val"}.get(name, "bsds/train")
-    found = [photo for photo in prepare(read_folder(folder), 4, 64) if photo.name != EXCLUDED]
+    found = [photo for photo in crop_photos(read_folder(folder), 4, 64) if photo.name != EXCLUDED]
     if name == "kept out":
         found = found[::KEPT_OUT]
     if name == "train":

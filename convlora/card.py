@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from convlora.adapter import Adapter
-from convlora.atomic import write_atomically
+from convlora.adapter.adapter import Adapter
 from convlora.errors import ConvLoRAError
+from convlora.support.atomic import write_atomically
 
 NAME = "README.md"
 _MARK = "library_name: convlora"  # in the front matter of every card

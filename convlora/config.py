@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from convlora.errors import ConvLoRAError
-from convlora.jsontext import parse
+from convlora.support.jsontext import parse_json
 
 Target: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Sequence[Target]"
@@ -22,8 +22,8 @@ LARGEST = 1e18  # of an alpha or a strength: products stay within float32
 
 # An adapter's name becomes that of a submodule: it cannot be that of an attribute of the module that holds adapters.
 _RESERVED = frozenset(dir(nn.Module())) | {
-    "activate", "active", "effective", "low_rank", "merge", "merged", "names", "restore", "state", "strengths", "swap",
-    "unmerge",
+    "activate", "active", "by_rows", "choices", "effective", "low_rank", "merge", "merged", "names", "only_acting",
+    "restore", "sample_rows", "state", "strengths", "swap", "unmerge",
 }  # fmt: skip
 
 
@@ -154,7 +154,7 @@ class AdapterConfig:
             2
         """
         try:
-            values = parse(text)
+            values = parse_json(text)
         except (AttributeError, TypeError, ValueError) as error:
             raise ConvLoRAError(f"AdapterConfig: not JSON ({error})") from None
         if not isinstance(values, dict) or "targets" not in values:

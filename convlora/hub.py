@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convlora import card
-from convlora.adapter import Adapter
+from convlora.adapter.adapter import Adapter
 from convlora.errors import ConvLoRAError
 
 FILE = "adapter.safetensors"

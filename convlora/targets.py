@@ -12,18 +12,20 @@ from torch import nn
 
 from convlora.config import Target
 from convlora.errors import ConvLoRAError
-from convlora.layer import why_not
+from convlora.layer.adapted import why_not
 
 V = TypeVar("V")
 _COMPARED = 60  # characters of a name, the last, that `nearest` looks at
 
 
-def matches(pattern: str, name: str) -> bool:
+def pattern_matches(pattern: str, name: str) -> bool:
     """Whether a pattern selects a dotted name: a glob, from any dot on, or `re:` and a full-match expression.
 
     Example:
-        >>> matches("conv1", "layer2.0.conv1"), matches("block_*.c?_r", "block_1.c3_r"), matches(r"re:b\\d", "b12")
-        (True, True, False)
+        >>> pattern_matches("conv1", "layer2.0.conv1"), pattern_matches("block_*.c?_r", "block_1.c3_r")
+        (True, True)
+        >>> pattern_matches(r"re:b\\d", "b12")
+        False
     """
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
@@ -33,7 +35,7 @@ def matches(pattern: str, name: str) -> bool:
     return any(fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
 
 
-def select(
+def select_layers(
     model: nn.Module, targets: Sequence[Target], exclude: Sequence[Target], operation: str
 ) -> tuple[dict[str, nn.Module], list[Target]]:
     """The layers that targets select, by their first name, in model order; and the excludes that select none.
@@ -48,7 +50,7 @@ def select(
     parts = {id(part) for module in adaptable.values() for part in module.modules()}
     selected: set[int] = set()
     for target in targets:
-        hits = [(name, module) for name, module in named if selects(target, name, module, operation)]
+        hits = [(name, module) for name, module in named if target_selects(target, name, module, operation)]
         if isinstance(target, str) and _is_literal(target):
             meant = [hit for hit in hits if hit[0] == target] or hits  # a full name means that layer first
             for name, module in meant:
@@ -62,12 +64,12 @@ def select(
         found = {id(module) for _, module in hits if reasons[id(module)] is None}
         if not found:
             raise ConvLoRAError(
-                f"{operation}: target {describe(target)} selects no layer; {_nearest(target, adaptable)}"
+                f"{operation}: target {describe_target(target)} selects no layer; {_nearest(target, adaptable)}"
             )
         selected |= found
     idle: list[Target] = []
     for target in exclude:
-        found = {id(module) for name, module in adaptable.items() if selects(target, name, module, operation)}
+        found = {id(module) for name, module in adaptable.items() if target_selects(target, name, module, operation)}
         if not found:
             idle.append(target)
         selected -= found
@@ -81,16 +83,16 @@ def select(
     return layers, idle
 
 
-def per_layer(
+def values_by_layer(
     values: Mapping[str, V] | None, default: V, names: Iterable[str], operation: str, field: str
 ) -> dict[str, V]:
     """Layer name -> value by `{pattern: value}`, the last matching pattern wins."""
     names = list(names)
     result = dict.fromkeys(names, default)
     for pattern, value in (values or {}).items():
-        hits = [name for name in names if _guard(matches, pattern, name, operation)]
+        hits = [name for name in names if _guard(pattern_matches, pattern, name, operation)]
         if not hits:
-            close = nearest(pattern, names)
+            close = nearest_names(pattern, names)
             raise ConvLoRAError(
                 f"{operation}: {field} pattern '{pattern}' matches none of the selected layers; {close}"
             )
@@ -98,11 +100,11 @@ def per_layer(
     return result
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest_names(name: str, known: Iterable[str]) -> str:
     """A clause for an error message: the known names most like a wrong one.
 
     Example:
-        >>> nearest("conv_lsat", ["conv_1", "conv_last"])
+        >>> nearest_names("conv_lsat", ["conv_1", "conv_last"])
         "nearest: 'conv_last', 'conv_1'"
     """
     known = list(known)[:2000]  # comparing takes the square of the length, and names can come from a hostile file
@@ -118,21 +120,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return "nearest: " + ", ".join(repr(full) for full in best) if best else "there is none"
 
 
-def describe(target: Target) -> str:
+def describe_target(target: Target) -> str:
     """A target as error messages show it."""
     return repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
 
 
-def selects(target: Target, name: str, module: nn.Module, operation: str) -> bool:
+def target_selects(target: Target, name: str, module: nn.Module, operation: str) -> bool:
     """Whether a target of any form selects a module."""
     if isinstance(target, str):
-        return _guard(matches, target, name, operation)
+        return _guard(pattern_matches, target, name, operation)
     if isinstance(target, type):
         return isinstance(module, target)
     try:
         return bool(target(name, module))
     except Exception as error:
-        raise ConvLoRAError(f"{operation}: target {describe(target)} fails on '{name}': {error!r}") from error
+        raise ConvLoRAError(f"{operation}: target {describe_target(target)} fails on '{name}': {error!r}") from error
 
 
 def _guard(match: Any, pattern: str, name: str, operation: str) -> bool:
@@ -147,5 +149,5 @@ def _is_literal(pattern: str) -> bool:
 
 
 def _nearest(target: Target, adaptable: Mapping[str, nn.Module]) -> str:
-    clause = f"; {nearest(target, adaptable)}" if isinstance(target, str) and adaptable else ""
+    clause = f"; {nearest_names(target, adaptable)}" if isinstance(target, str) and adaptable else ""
     return f"{len(adaptable)} can be adapted{clause}".replace("; nearest", ", nearest")

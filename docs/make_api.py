@@ -17,8 +17,8 @@ PAGE = Path(__file__).with_name("api.md")
 WIDTH = 110
 SECTIONS = [  # title, module, names
     ("Adapters on a model", "convlora", (
-        "inject", "remove", "merge", "unmerge", "merged", "disabled", "activate", "per_sample", "adapters",
-        "parameters", "summary", "audit", "allocate_ranks",
+        "inject", "remove", "merge", "unmerge", "merged", "disabled", "activate", "using", "per_sample",
+        "adapters", "parameters", "summary", "audit", "allocate_ranks",
     )),
     ("Adapters as files and values", "convlora", ("save", "load", "adapter", "Adapter", "AdapterConfig")),
     ("Errors", "convlora", ("ConvLoRAError", "ConvLoRAWarning")),
@@ -31,7 +31,7 @@ SECTIONS = [  # title, module, names
     ("", "convlora.hub", ("push", "pull")),
     ("Factorizations", "convlora", ("register_factors",)),
     ("", "convlora.factors", ("Factorization", "ConvLoRAFactors", "LoConFactors", "WeightSpec")),
-    ("What calls give", "convlora.report", ("Summary", "LayerSummary", "Audit", "LayerAudit")),
+    ("What calls give", "convlora.inspect.report", ("Summary", "LayerSummary", "Audit", "LayerAudit")),
     ("", "convlora.adapter", ("LayerFactors",)),
 ]  # fmt: skip
 

@@ -18,14 +18,13 @@ from typing import Annotated
 import typer
 from matplotlib.figure import Figure
 from PIL import Image as PilImage
-from rich.console import Console
 from rich.table import Table
 from sr.data import Image, InputError, bundled_photos, crop_to_multiple, read_image
 from sr.degradations import DEGRADATIONS, Camera, enlarge
 from sr.metrics import quality
 from sr.models import upscale
 from sr.networks import NETWORKS, load_any
-from sr.report import one_line_errors
+from sr.report import console, one_line_errors, show_image
 from torch import nn
 
 import convlora
@@ -37,8 +36,6 @@ INPUTS = {name: DEGRADATIONS[name] for name in NAMES} | {"between": BETWEEN}
 SEED = 10**9  # no training photo was degraded with it
 DRAWS = 4
 Strengths = Mapping[str, float]
-
-console = Console()
 
 
 def load_with_adapters(base: Path = BASE) -> tuple[nn.Module, int]:
@@ -118,10 +115,7 @@ def save_pictures(path: Path, pictures: Mapping[str, Image], side: int = 150) ->
     figure = Figure(figsize=(2 * len(pictures), 2.3), layout="constrained")
     for axes, (title, image) in zip(figure.subplots(1, len(pictures)), pictures.items(), strict=True):
         top, left = ((length - side) // 2 for length in image.shape[:2])
-        axes.imshow(image[top : top + side, left : left + side], interpolation="nearest")
-        axes.set_title(title, fontsize=8)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        show_image(axes, image[top : top + side, left : left + side], above=title)
     figure.savefig(path, dpi=110)
 
 

@@ -24,18 +24,17 @@ import onnx
 import onnxruntime
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
-from sr.data import Patches, bundled_photos, degraded_pairs, prepare, to_tensor
+from sr.data import Patches, bundled_photos, degraded_pairs, to_tensor
 from sr.degradations import DEGRADATIONS
+from sr.evaluation import TOLERANCE
 from sr.models import SPAN_TARGETS, SPAN_WEIGHTS, load_span
-from sr.report import one_line_errors
-from sr.training import Schedule, make_accelerator, train
+from sr.report import console, one_line_errors
+from sr.training import Schedule, set_up_run, train
 from torch import Tensor, nn
 
 import convlora
 
-CLOSE = 1e-5  # of full scale: what another order of summation may change
 SIZES = (48, 64), (80, 56)  # the input at export, and another one
 
 
@@ -113,25 +112,21 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the exported networks.")] = Path("runs/deploy"),
 ) -> None:
     """Export a merged network in three ways and compare it with the live one and the base."""
-    torch.manual_seed(0)
-    console = Console()
-    out.mkdir(parents=True, exist_ok=True)
+    accelerator = set_up_run(out, device="cpu")
     model, scale = load_span(SPAN_WEIGHTS)
     base = copy.deepcopy(model).eval()
 
     # 1. An adapter.
     photos, held_out = bundled_photos()
     if adapter is None:
-        pairs = degraded_pairs(prepare(photos, scale, least=96), DEGRADATIONS["camera"], scale=scale, draws=1, seed=0)
+        pairs = degraded_pairs(photos, DEGRADATIONS["camera"], scale=scale, least=96)
         convlora.inject(model, SPAN_TARGETS, rank=1)
         train(
             model,
             convlora.parameters(model),
             Patches(pairs, patch=24, batch=4, seed=0),
             Schedule(steps=steps, seconds=60.0, rate=5e-3, warmup=5),
-            make_accelerator("cpu"),
-            measure=lambda: 0.0,
-            on_step=lambda progress, loss: None,
+            accelerator,
         )
     else:
         convlora.load(model, adapter)
@@ -157,7 +152,7 @@ def main(
             table.add_row(
                 way, name, f"{difference:.0e}", f"{len(row.operators)}", f"{row.parameters:,}", f"{row.size:,}"
             )
-            if name != "base" and difference > CLOSE:
+            if name != "base" and difference > TOLERANCE:
                 broken.append(f"{way}: {name} differs by {difference:.0e}")
         if (rows["merged"].operators, rows["merged"].parameters) != (rows["base"].operators, rows["base"].parameters):
             broken.append(f"{way}: merged has not the base's graph")

@@ -16,12 +16,12 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from sr.data import InputError, Patches, bundled_photos, degraded_pairs, prepare, read_folder
+from sr.data import InputError, Patches, bundled_photos, degraded_pairs, read_folder
 from sr.degradations import DEGRADATIONS
-from sr.metrics import quality
-from sr.models import SPAN_TARGETS, SPAN_WEIGHTS, load_span, upscale
+from sr.evaluation import HeldOutSet
+from sr.models import SPAN_TARGETS, SPAN_WEIGHTS, load_span
 from sr.report import one_line_errors, training_bar
-from sr.training import Checkpoint, Schedule, make_accelerator, train
+from sr.training import Checkpoint, Schedule, set_up_run, train
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -46,29 +46,24 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for adapter and checkpoint.")] = Path("runs/distributed"),
 ) -> None:
     """Adapt a SPAN to degraded photos in several processes."""
-    torch.manual_seed(seed)  # the same adapter to begin with in every process
-    accelerator = make_accelerator("auto")
+    accelerator = set_up_run(out, seed=seed)  # one seed: the same adapter to begin with in every process
     if fsdp and accelerator.num_processes == 1:
         raise InputError("--fsdp: one process only; start it by torchrun --nproc_per_node 2")
     console = Console(quiet=not accelerator.is_main_process)
-    out.mkdir(parents=True, exist_ok=True)
 
     # 1. Photos, the network, and an adapter: always before the model is wrapped or sharded.
     training = read_folder(photos) if photos else bundled_photos()[0]
     judging = read_folder(held_out) if held_out else bundled_photos()[1]
     camera = DEGRADATIONS["camera"]
     model, scale = load_span(SPAN_WEIGHTS)
-    pairs = degraded_pairs(prepare(training, scale, least=patch * scale), camera, scale=scale, draws=4, seed=0)
-    tests = degraded_pairs(prepare(judging, scale, least=64), camera, scale=scale, draws=1, seed=10**9)
+    pairs = degraded_pairs(training, camera, scale=scale, draws=4, least=patch * scale)
+    tests = HeldOutSet(degraded_pairs(judging, camera, scale=scale, seed=10**9), scale)
     convlora.inject(model, SPAN_TARGETS, rank=1, rank_dropout=rank_dropout)
     model.to(accelerator.device)
     if fsdp:
         shard(model, accelerator.device)
 
     # 2. Training. The model is forwarded in every process to measure, since a sharded one needs them all.
-    def held_out_psnr() -> float:
-        return quality([upscale(model, test.low) for test in tests], [test.high for test in tests], scale).psnr
-
     with training_bar(console) as on_step:
         trained = train(
             model,
@@ -76,7 +71,7 @@ def main(
             Patches(pairs, patch=patch, batch=batch, seed=seed),
             Schedule(steps=steps, seconds=float("inf"), rate=lr, warmup=min(20, steps // 4)),
             accelerator,
-            measure=held_out_psnr,
+            measure=lambda: tests.psnr(model),
             on_step=on_step,
             accumulate=accumulate,
             average=ema,
@@ -89,7 +84,7 @@ def main(
     (_, before), (_, after) = trained.measured[0], trained.measured[-1]
     console.print(
         f"{len(trained.losses)} steps of {accelerator.num_processes} x {accumulate} x {batch} patches: "
-        f"{before:.3f} -> {after:.3f} dB on {len(tests)} held-out photos; wrote {out}/adapter.safetensors"
+        f"{before:.3f} -> {after:.3f} dB on {len(tests.pairs)} held-out photos; wrote {out}/adapter.safetensors"
     )
     accelerator.end_training()
 

@@ -21,24 +21,20 @@ import torch.nn.functional as F
 import typer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from rich.console import Console
-from sr.data import Image, Patches, bundled_photos, degraded_pairs, prepare, read_folder, to_tensor
-from sr.degradations import DEGRADATIONS, enlarge
-from sr.distillation import Distillation, inject
-from sr.metrics import quality
-from sr.models import SPAN_WEIGHTS, load_span, predict, save_span, upscale
-from sr.report import device_name, make_row, one_line_errors, quality_table, save_curve, training_bar
-from sr.training import Schedule, make_accelerator, train
+from sr.data import Image, Patches, bundled_photos, degraded_pairs, read_folder, to_tensor
+from sr.degradations import DEGRADATIONS
+from sr.distillation import Distillation, inject_dsclora
+from sr.evaluation import TOLERANCE, HeldOutSet, quality_table
+from sr.models import SPAN_WEIGHTS, load_span, save_span
+from sr.report import check_promises, console, one_line_errors, run_figures, save_curve, show_sizes, training_bar
+from sr.training import Schedule, set_up_run, train
 from torch import Tensor, nn
 
 import convlora
 from convlora.distill import Distiller
 
-CLOSE = 1e-5  # of full scale: what another order of summation may change
 SHOWN = "block_6[0]"  # the feature whose affinities the picture shows
 Map = NDArray[np.float64]  # (h, w)
-
-console = Console()
 
 
 @one_line_errors
@@ -59,34 +55,21 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for what the run writes.")] = Path("runs/dsclora"),
 ) -> None:
     """Adapt a SPAN to photos, clean x4, with its frozen base as the teacher."""
-    if threads:
-        torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    accelerator = make_accelerator("auto")
-    out.mkdir(parents=True, exist_ok=True)
+    accelerator = set_up_run(out, seed=seed, threads=threads)
 
     # 1. The network, the photos, and ConvLoRA where the paper has it.
     model, scale = load_span(base)
     model.to(accelerator.device)
     training = read_folder(photos) if photos else bundled_photos()[0]
     judging = read_folder(held_out) if held_out else bundled_photos()[1]
-    clean = DEGRADATIONS["clean"]
-    pairs = degraded_pairs(prepare(training, scale, least=patch * scale), clean, scale=scale, draws=1, seed=0)
-    tests = degraded_pairs(prepare(judging, scale, least=64), clean, scale=scale, draws=1, seed=0)
-    highs = [test.high for test in tests]
-    bicubic = make_row("bicubic", [to_tensor(enlarge(test.low, scale)) for test in tests], highs, scale)
-    base_row = make_row("base, the teacher", [predict(model, test.low) for test in tests], highs, scale)
-    size = convlora.summary(inject(model))
-    console.print(
-        f"[bold]{len(size.layers)}[/] layers adapted, [bold]{size.trainable:,}[/] parameters to train beside "
-        f"{size.base:,} frozen ({size.trainable / size.base:.1%}); {len(training)} photos; "
-        f"{device_name(accelerator.device)}"
-    )
+    pairs = degraded_pairs(training, DEGRADATIONS["clean"], scale=scale, least=patch * scale)
+    tests = HeldOutSet(degraded_pairs(judging, DEGRADATIONS["clean"], scale=scale), scale)
+    bicubic = tests.evaluate_bicubic()
+    teaching = tests.evaluate("base, the teacher", model)
+    inject_dsclora(model)
+    sizes = show_sizes(model, f"{len(training)} photos", accelerator.device)
 
     # 2. Training; examples/sr/distillation.py has the loss.
-    def held_out_psnr() -> float:
-        return quality([upscale(model, test.low) for test in tests], highs, scale).psnr
-
     with training_bar(console) as on_step:
         trained = train(
             model,
@@ -94,45 +77,38 @@ def main(
             Patches(pairs, patch=patch, batch=batch, seed=seed),
             Schedule(steps=steps, seconds=60 * minutes, rate=lr, warmup=20),
             accelerator,
-            measure=held_out_psnr,
+            measure=lambda: tests.psnr(model),
             on_step=on_step,
             make_loss=Distillation(high, teacher, affinity),
         )
-    adapted = make_row("adapted", [predict(model, test.low) for test in tests], highs, scale)
-    save_affinity(out / "affinity.png", model, tests[0].low)
+    adapted = tests.evaluate("adapted", model)
+    save_affinity(out / "affinity.png", model, tests.pairs[0].low)
 
     # 3. Merged: what is deployed.
     convlora.save(model, out / "adapter.safetensors")
     plain = convlora.remove(convlora.merge(copy.deepcopy(model)))
     save_span(plain, out / "span_merged.safetensors")
-    merged = make_row("merged", [predict(plain, test.low) for test in tests], highs, scale, same=adapted)
+    merged = tests.evaluate("merged", plain, same=adapted)
 
     # 4. What came out.
-    console.print(quality_table([bicubic, base_row, adapted, merged], base_row, f"{len(tests)} held-out photos, clean"))
-    save_curve(out / "curve.png", trained, "held-out PSNR-Y (dB)")
+    rows = [bicubic, teaching, adapted, merged]
+    console.print(quality_table(rows, teaching, f"{len(tests.pairs)} held-out photos, clean"))
+    save_curve(out / "curve.png", trained)
     results = {
         "weights": {"high": high, "teacher": teacher, "affinity": affinity},
-        "steps": len(trained.losses),
         "seconds": round(trained.seconds, 1),
-        "trained_parameters": size.trainable,
-        "base_parameters": size.base,
-        "adapter_bytes": (out / "adapter.safetensors").stat().st_size,
-        "rows": [row.as_json() for row in (bicubic, base_row, adapted, merged)],
-        "curve": trained.measured,
+        **run_figures(sizes, trained, out / "adapter.safetensors", rows),
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     console.print(
         f"{len(trained.losses)} steps in {trained.seconds:.0f} s; wrote {len(list(out.iterdir()))} files to {out}"
     )
-    checks = {
-        f"merged equals adapted to {CLOSE}": merged.difference <= CLOSE,
-        "merged has the base's size": sum(p.numel() for p in plain.parameters()) == size.base,
-    }
-    broken = [check for check, holds in checks.items() if not holds]
-    if broken:
-        typer.echo(f"failed: {'; '.join(broken)}", err=True)
-        raise typer.Exit(1)
-    console.print(f"[green]{len(checks)} checks hold[/]: {'; '.join(checks)}")
+    check_promises(
+        {
+            f"merged equals adapted to {TOLERANCE}": merged.difference <= TOLERANCE,
+            "merged has the base's size": sum(p.numel() for p in plain.parameters()) == sizes["base_parameters"],
+        }
+    )
 
 
 def affinity_maps(model: nn.Module, low: Tensor, pixel: tuple[int, int]) -> tuple[Map, Map]:

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from sr import degradations
-from sr.data import Image, Pair, degraded_pairs, prepare, read_folder
+from sr.data import Image, Pair, degraded_pairs, read_folder
 from sr.degradations import DEGRADATIONS, enlarge
 from sr.metrics import quality
 from sr.models import upscale
@@ -55,8 +55,7 @@ def main(
     for column in ("", "photos", *enlargers):
         table.add_column(column, justify="right" if column else "left")
     for folder in folders:
-        photos = prepare(read_folder(folder), scale, least=64)
-        pairs = degraded_pairs(photos, DEGRADATIONS[degradation], scale=scale, draws=1, seed=0)
+        pairs = degraded_pairs(read_folder(folder), DEGRADATIONS[degradation], scale=scale)
         cells = [measure(pairs, [enlarger(pair) for pair in pairs], scale) for enlarger in enlargers.values()]
         table.add_row("/".join(folder.parts[-2:]), str(len(pairs)), *cells)
     Console().print(table)

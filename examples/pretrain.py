@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 import typer
 from spandrel.architectures.SPAN import SPAN
-from sr.data import Image, Pair, Patches, Photo, crop_to_multiple, prepare, read_folder, to_image, to_tensor
+from sr.data import Image, Pair, Patches, Photo, crop_photos, crop_to_multiple, read_folder, to_image, to_tensor
 from sr.degradations import clean, resize
 from sr.metrics import quality
-from sr.models import balance, save_weights, span, start_as_bicubic, upscale
-from sr.networks import rrdb, swinir
+from sr.models import new_span, save_weights, upscale
+from sr.networks import new_rrdb, new_swinir
 from sr.report import one_line_errors
-from sr.starts import balance_layers, start_rrdb, start_swinir
+from sr.starts import balance_layers, balance_span, start_rrdb, start_span, start_swinir
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -61,20 +61,20 @@ class Recipe:
 RECIPES = {
     "span": Recipe(
         "SPAN x4, {} channels, Conv3XC collapsed to 3x3",
-        lambda width, low: balance(start_as_bicubic(span(width, img_range=RANGE)), low),
+        lambda width, low: balance_span(start_span(new_span(width, img_range=RANGE)), low),
         width=26,
         patches=((0.0, 32), (0.75, 48)),
         remark=f", input range {RANGE}",
     ),
     "swinir": Recipe(
         "SwinIR x4, {} channels, depths (4, 4), 2 heads, windows 8x8, MLP ratio 2, pixelshuffledirect",
-        lambda width, low: balance_layers(start_swinir(swinir(width)), low),
+        lambda width, low: balance_layers(start_swinir(new_swinir(width)), low),
         width=36,
         patches=((0.0, 24), (0.75, 32)),
     ),
     "rrdb": Recipe(
         "RRDBNet x4, {} channels, growth 32, 1 block of 3 dense ones",
-        lambda width, low: balance_layers(start_rrdb(rrdb(width)), low),
+        lambda width, low: balance_layers(start_rrdb(new_rrdb(width)), low),
         width=16,
         patches=((0.0, 24), (0.75, 32)),
     ),
@@ -139,7 +139,7 @@ def main(
     torch.manual_seed(seed)
     photos = [photo for photo in read_folder(images) if photo.name not in set(exclude or [])]
     least = math.ceil(4 * max(patch for _, patch in recipe.patches) / min(FACTORS)) + 4
-    pairs = clean_pairs(prepare(photos, 4, least), FACTORS)
+    pairs = clean_pairs(crop_photos(photos, 4, least), FACTORS)
     tests = clean_pairs(read_folder(test), (1.0,)) if test else []
     print(f"{len(photos)} photos, {len(pairs)} pairs, {len(tests)} test photos", flush=True)
 

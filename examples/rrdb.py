@@ -7,18 +7,11 @@ As examples/span.py, with the adapter on the dense convolutions and on those bef
 RRDBNet that spandrel loads (ESRGAN, ESRGAN+, BSRGAN, Real-ESRGAN); the merged network is one of these again.
 """
 
-from pathlib import Path
-
-from sr.command import Options, make_app
+from span import adapt
+from sr.command import make_app
 from sr.networks import NETWORKS
 
-RRDB = NETWORKS["rrdb"]
-
-app = make_app(
-    RRDB,
-    Options(base=RRDB.weights, targets=[*RRDB.targets], patch=32, out=Path("runs/rrdb")),
-    gain=0.3,
-)
+app = make_app(adapt, NETWORKS["rrdb"], patch=32)
 
 if __name__ == "__main__":
     app()

@@ -7,18 +7,11 @@ As examples/span.py, for a transformer: the adapter is on `qkv` and `proj` of ev
 MLP and on every convolution. `--base` takes any SwinIR that spandrel loads; the merged network is one of these again.
 """
 
-from pathlib import Path
-
-from sr.command import Options, make_app
+from span import adapt
+from sr.command import make_app
 from sr.networks import NETWORKS
 
-SWINIR = NETWORKS["swinir"]
-
-app = make_app(
-    SWINIR,
-    Options(base=SWINIR.weights, targets=[*SWINIR.targets], patch=32, out=Path("runs/swinir")),
-    gain=0.3,
-)
+app = make_app(adapt, NETWORKS["swinir"], patch=32)
 
 if __name__ == "__main__":
     app()

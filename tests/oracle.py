@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convlora
-from convlora.factors import WeightSpec
+from convlora.factors.base import WeightSpec
 
 # (class, arguments, input shape): one line a hazard
 LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {

@@ -12,59 +12,79 @@ import pytest
 import convlora
 
 PACKAGE = Path(convlora.__file__).parent
-LEVELS = [  # each file imports from lines above its own
-    ["errors", "flow", "jsontext", "progress", "table"],
-    ["atomic", "formats.parsing", "formats.pickled", "formats.patterns", "sharded", "threads", "truncate"],
-    ["config", "factors", "conv"],
-    ["rows", "thin"],
-    ["lowrank", "adapter"],
-    ["slot"],
-    ["forms"],
-    ["layer", "formats.native"],
-    ["algebra", "card", "formats.tensors", "targets", "walk"],
-    ["formats.locon", "formats.loralib", "formats.peft", "hub", "specs"],
-    ["checkpoint", "files", "formats"],  # its __init__
-    ["bake", "switch"],
-    ["distill.affinity", "distill.taps"],
-    ["distill.losses"],
-    ["distill.distiller"],
-    ["distill"],  # its __init__
-    ["model", "putback"],
-    ["probe", "report", "storage"],
-    ["allocate"],
-    ["__init__"],
-    ["cli.architecture", "cli.console", "cli.options"],
-    ["cli.inputs"],
-    ["cli.look", "cli.make"],
-    ["cli.app"],
-    ["__main__"],
-]
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-LATE = {("adapter", late) for late in ("formats", "algebra", "checkpoint")}  # Adapter's thin methods
+# The law of the house: a room imports from the floors below its own. adapter and layer do not know each other: the one
+# is a file in memory, the other a module in a network; model brings them together.
+FLOORS = (
+    ["errors"],
+    ["support"],
+    ["factors"],
+    ["config"],
+    ["adapter", "layer"],
+    ["targets"],
+    ["model"],
+    ["inspect", "distill", "formats", "card"],
+    ["hub"],
+    ["cli"],
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FACE = {"", "__main__"}  # the package's own names, and the command
 
 
-def imports(path: Path) -> set[str]:
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(module: str) -> set[str]:
+    """The modules of this library that one imports, anywhere in it, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "convlora":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("convlora"):
-            found.add(node.module.removeprefix("convlora").lstrip(".") or "__init__")
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("convlora")]
-            found |= {name.removeprefix("convlora").lstrip(".") or "__init__" for name in names}
-    return found
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}: imports are absolute"
+            origin = node.module or ""
+            names = [f"{origin}.{alias.name}" for alias in node.names]
+            names = [name if name.partition(".")[2] in MODULES else origin for name in names]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.partition(".")[2] for name in names if name.partition(".")[0] == "convlora"}
+    return found - {module}
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent == PACKAGE or path.stem != "__init__")
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in FACE])
+def test_imports_go_down_from_room_to_room(module: str) -> None:
+    room = module.partition(".")[0]
+    assert room in FLOOR, f"give {room} its floor"
+    for other in imports(module):
+        below = other.partition(".")[0]
+        if below in FACE:
+            assert room == "cli", f"{module} imports the package's own names"
+            continue
+        assert below == room or FLOOR[below] < FLOOR[room], f"{module} imports {other}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_imports_point_one_way(path: Path) -> None:
-    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    assert name in LEVEL, f"give {name} its place"
-    for other in imports(path):
-        assert (name, other) in LATE or LEVEL[other] < LEVEL[name], f"{name} imports {other}"
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    # A package that only hands names on (its __init__) stands above what it names, and below those who ask it.
+    ahead = {module: imports(module) for module in MODULES}
+    while free := [module for module, others in ahead.items() if not others & ahead.keys()]:
+        for module in free:
+            del ahead[module]
+    assert not ahead, f"a circle among {sorted(ahead)}"
+
+
+def test_no_function_imports_from_the_library() -> None:
+    for module, path in MODULES.items():
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                for node in ast.walk(function):
+                    origin = getattr(node, "module", "") or ""
+                    assert not (isinstance(node, ast.ImportFrom) and origin.startswith("convlora")), (module, origin)
+
+
+def test_beside_the_rooms_are_few_files() -> None:
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 10
 
 
 def test_every_public_name_has_a_runnable_example() -> None:
@@ -78,7 +98,7 @@ def test_public_names_are_those_of_the_contract() -> None:
     assert public == {
         "inject", "remove", "merge", "unmerge", "merged", "disabled", "activate", "per_sample", "adapters",
         "parameters", "summary", "audit", "allocate_ranks", "save", "load", "adapter", "AdapterConfig", "Adapter",
-        "register_factors", "ConvLoRAError", "ConvLoRAWarning",
+        "register_factors", "using", "ConvLoRAError", "ConvLoRAWarning",
     }  # fmt: skip
 
 

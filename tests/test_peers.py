@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convlora
-from convlora.formats import native
-from convlora.layer import raw, weight_spec
+from convlora.adapter.file import checksum
+from convlora.layer.adapted import base_tensor, weight_spec
 
 both = pytest.mark.parametrize("factors", FACTORS)
 # Tiny layers on purpose: some are smaller than their adapter.
@@ -97,7 +97,7 @@ def exact_weight(layer: nn.Module, factors: str) -> Tensor:
     """W + ΔW of one layer in float64, element by element from the factors."""
     layer_factors = next(iter(convlora.adapter(layer).layers.values()))
     delta = oracle.delta(factors, dict(layer_factors.tensors), weight_spec(layer))
-    return raw(layer, "weight").detach().double() + delta * layer_factors.alpha / layer_factors.rank  # type: ignore[no-any-return]
+    return base_tensor(layer, "weight").detach().double() + delta * layer_factors.alpha / layer_factors.rank  # type: ignore[no-any-return]
 
 
 # --- peft ------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_shared_modules_and_shared_parameters_merge_exactly(kind: type[Twice], f
     base, x = kind().eval(), torch.randn(IMAGE)
     model = adapted(base, factors)
     assert (model.a is model.b) == (kind is Twice)
-    assert raw(model.a, "weight") is raw(model.b, "weight")  # type: ignore[arg-type]
+    assert base_tensor(model.a, "weight") is base_tensor(model.b, "weight")  # type: ignore[arg-type]
     with torch.no_grad():
         expected = model(x)
         assert distance(expected, base(x)) > 0.05
@@ -388,7 +388,7 @@ def test_nan_factors_with_a_right_checksum_are_an_error(tmp_path: Path) -> None:
     tensors["0.lora_B"][3, 1] = math.nan
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    metadata["checksum"] = native.checksum(tensors, metadata)
+    metadata["checksum"] = checksum(tensors, metadata)
     save_file(tensors, path, metadata)
     refuse(base, path, r"non-finite: 0\.lora_B")
 

@@ -11,7 +11,7 @@ from oracle import net
 from torch import nn
 
 import convlora
-from convlora.targets import matches, nearest
+from convlora.targets import nearest_names, pattern_matches
 
 
 class Block(nn.Module):
@@ -105,18 +105,18 @@ names = st.lists(st.text("ab1_", min_size=1, max_size=3), min_size=1, max_size=4
 @given(names, st.integers(0, 3))
 def test_every_dotted_tail_of_a_name_matches(name: str, cut: int) -> None:
     parts = name.split(".")
-    assert matches(".".join(parts[min(cut, len(parts) - 1) :]), name)
+    assert pattern_matches(".".join(parts[min(cut, len(parts) - 1) :]), name)
 
 
 @given(names, st.text("ab1_*?.", max_size=6))
 def test_matching_is_fnmatch_on_the_name_or_below_a_dot(name: str, pattern: str) -> None:
-    assert matches(pattern, name) == (fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}"))
+    assert pattern_matches(pattern, name) == (fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}"))
 
 
 def test_nearest_compares_like_with_like() -> None:
     known = ["body.0.attn.qkv", "body.0.mlp.fc1", "head"]
-    assert nearest("fc2", known).startswith("nearest: 'body.0.mlp.fc1'")
-    assert nearest("x", []) == "there is none"
+    assert nearest_names("fc2", known).startswith("nearest: 'body.0.mlp.fc1'")
+    assert nearest_names("x", []) == "there is none"
 
 
 def test_classes_and_callables_become_names_in_the_config() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import convlora
-from convlora.layer import why_not
+from convlora.layer.adapted import why_not
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@
 - A disk that is full after a random number of bytes, a folder that may not be written, links of every sort: a clear
   error and the old file, or the new one.
 - Processes and threads that write one file while others read it: every reading finds a whole one.
-- Threads that run a model while another switches its adapters and swaps their values: every output is, bit for bit,
-  that of a state that was there while it was computed.
+- Threads and asyncio tasks that run one model, each in blocks of `using`, while another thread switches its adapters:
+  every output is, bit for bit, that of what its caller chose.
 
 The first parts run in a process of its own that has one thread, since it forks.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -29,14 +30,14 @@ from typing import Any
 
 import torch
 from common import Section
-from torch import Tensor, nn
+from torch import nn
 
 import convlora
 from benchmarks.trust import seeds
 from convlora import Adapter, ConvLoRAError, formats
 
 Result = dict[str, int]
-SWITCHES = "two threads run it, a third switches"
+CALLERS = "threads and tasks, each with its own adapters"
 
 
 def measure(count: int, seed: int = 0) -> Section:
@@ -44,11 +45,11 @@ def measure(count: int, seed: int = 0) -> Section:
     section = Section(
         "Crashes, full disks, other processes and threads",
         "`left behind`: temporary files and folders after the kill; the next writer found and removed all of them."
-        " A case fails if a file is neither the old nor the new one, if anything stays behind, or if an output is of no"
-        " state that was there while it was computed.",
+        " A case fails if a file is neither the old nor the new one, if anything stays behind, or if an output is not"
+        " that of what its caller chose.",
         ("case", "times", "old", "new", "left behind", "refused", "failed"),
     )
-    results = {**_in_a_process(count, seed), SWITCHES: switches(5 * count, seed)}
+    results = {**_in_a_process(count, seed), CALLERS: callers(100 * count, seed)}
     for name, result in results.items():
         cells = [str(result.get(kind, "")) for kind in ("times", "old", "new", "left behind", "refused", "failed")]
         section.rows.append((name, *cells))
@@ -348,70 +349,75 @@ def writing_threads(place: Place, count: int) -> Result:
     return result
 
 
-# --- running and switching -------------------------------------------------------------------------------------------
+# --- several callers -------------------------------------------------------------------------------------------------
 
 
-class Life:
-    """A network of two adapters, the first with two sets of values, and the output in every state."""
-
-    STRENGTHS = ({}, {"a": 1.0}, {"b": 1.0}, {"a": 0.5, "b": -2.0})
-
-    def __init__(self, seed: int) -> None:
-        torch.manual_seed(seed)
-        base = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(8))).eval()
-        self.x = torch.randn(1, 8, 12, 12)
-        self.values = [convlora.adapter(seeds.adapted(base, "*", rank=2, name="a")) for _ in range(2)]
-        self.model = convlora.load(seeds.adapted(base, "*", rank=2, name="b"), self.values[0])
-        self.outputs = {}
-        for values in range(2):
-            for strengths in range(len(self.STRENGTHS)):
-                self.swap(values)
-                self.activate(strengths)
-                self.outputs[values, strengths] = self.run()
-        self.state = [(values, strengths)]
-        self.begun = self.ended = 0  # numbers of switches: `state[ended]` to `state[begun]` are valid
-
-    def run(self) -> Tensor:
-        with torch.no_grad():
-            return self.model(self.x)  # type: ignore[no-any-return]
-
-    def swap(self, values: int) -> None:
-        convlora.load(self.model, self.values[values])
-
-    def activate(self, strengths: int) -> None:
-        convlora.activate(self.model, self.STRENGTHS[strengths])
+CHOICES: tuple[dict[str, float], ...] = ({}, {"a": 1.0}, {"b": 1.0}, {"a": 0.5, "b": -2.0})
 
 
-def switches(count: int, seed: int = 0) -> Result:
-    """Two threads run a model all the while this one switches; `times` counts their outputs."""
-    life, rng = Life(seed), random.Random(seed)
-    result = {"times": 0, "old": 0, "new": 0, "refused": 0, "failed": 0}
-    over = threading.Event()
+def callers(count: int, seed: int = 0) -> Result:
+    """Threads, and asyncio tasks in one more, compute each in blocks of `using`; this thread switches all the while.
+
+    `times` counts their outputs; one fails if it is not, bit for bit, that of what its caller chose.
+    """
+    torch.manual_seed(seed)
+    base = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(8))).eval()
+    model = seeds.adapted(seeds.adapted(base, "*", rank=2, name="a"), "*", rank=2, name="b")
+    x, expected = torch.randn(1, 8, 12, 12), []
+    with torch.no_grad():
+        expected = [convlora.activate(model, choice)(x) for choice in CHOICES]
+    result = {"times": 0, "failed": 0}
     errors: list[BaseException] = []
-    tally = threading.Lock()
+    tally, over = threading.Lock(), threading.Event()
 
-    def run() -> None:
-        try:
+    def check(choice: int) -> None:
+        wrong = not torch.equal(model(x), expected[choice])
+        with tally:
+            result["times"] += 1
+            result["failed"] += wrong
+
+    def serve(rng: random.Random) -> None:
+        with torch.no_grad():
             while not over.is_set():
-                first = life.ended
-                output = life.run()
-                valid = life.state[first : life.begun + 1]
-                fine = [torch.equal(output, life.outputs[state]) for state in valid]
-                with tally:
-                    result["times"] += 1
-                    result["failed"] += not any(fine)
-                    result["old" if fine[0] else "new"] += any(fine)
+                outer, inner = (rng.randrange(len(CHOICES)) for _ in range(2))
+                with convlora.using(model, CHOICES[outer]):
+                    check(outer)
+                    with convlora.using(model, CHOICES[inner]):
+                        check(inner)
+                    check(outer)
+
+    async def serve_task(rng: random.Random) -> None:
+        while not over.is_set():
+            choice = rng.randrange(len(CHOICES))
+            with convlora.using(model, CHOICES[choice]):
+                check(choice)
+                await asyncio.sleep(0)
+                check(choice)
+
+    async def serve_tasks(rng: random.Random) -> None:
+        with torch.no_grad():  # around all of them: tasks take turns, and the mode is the thread's
+            await asyncio.gather(*(serve_task(rng) for _ in range(8)))
+
+    def guarded(call: Callable[[random.Random], Any], number: int) -> None:
+        try:
+            call(random.Random(seed + number))
         except BaseException as error:
             errors.append(error)
 
-    interval = sys.getswitchinterval()
+    calls: list[Callable[[random.Random], Any]] = [serve, serve, lambda rng: asyncio.run(serve_tasks(rng))]
+    threads = [threading.Thread(target=guarded, args=(call, number)) for number, call in enumerate(calls)]
+    interval, rng = sys.getswitchinterval(), random.Random(seed)
     sys.setswitchinterval(1e-5)  # threads take turns often
-    threads = [threading.Thread(target=run) for _ in range(2)]
     try:
         for thread in threads:
             thread.start()
-        for _ in range(count):
-            _switch(life, rng)
+        while result["times"] < count and any(thread.is_alive() for thread in threads):
+            convlora.activate(model, CHOICES[rng.randrange(len(CHOICES))])
+            time.sleep(1e-3)
+            if rng.randrange(4) == 0:
+                convlora.merge(model)
+                time.sleep(1e-3)
+                convlora.unmerge(model)
     finally:
         over.set()
         for thread in threads:
@@ -419,32 +425,6 @@ def switches(count: int, seed: int = 0) -> Result:
         sys.setswitchinterval(interval)
     result["failed"] += len(errors)
     return result
-
-
-def _switch(life: Life, rng: random.Random) -> None:
-    values, strengths = life.state[-1]
-    way = rng.randrange(5)
-    if way == 0:
-        values = 1 - values
-    elif way < 3:
-        strengths = rng.randrange(len(life.STRENGTHS))
-    if way < 3:
-        life.state.append((values, strengths))
-        life.begun += 1
-        life.swap(values) if way == 0 else life.activate(strengths)
-        life.ended += 1
-    elif way == 3:  # the same output, another way to compute it
-        convlora.merge(life.model)
-        time.sleep(1e-3)
-        convlora.unmerge(life.model)
-    else:
-        life.state += [(values, 0), (values, strengths)]
-        life.begun += 1
-        with convlora.disabled(life.model):
-            life.ended += 1
-            time.sleep(1e-3)
-            life.begun += 1
-        life.ended += 1
 
 
 CASES: dict[str, Callable[[Place, random.Random, int], Result]] = {

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import convlora
 from benchmarks.trust.dense import FEATURES, LAYERS, Net, Oracle, Part
-from convlora import forms
+from convlora.layer import forms
 
 NAMES = ("rain", "snow", "night")
 STOCK = Net()

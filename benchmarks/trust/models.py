@@ -30,9 +30,9 @@ from torch.nn.utils import parametrize
 
 import convlora
 from benchmarks.trust.catalogue import LEFT_OUT, Case, cases
-from convlora.flow import leaves
-from convlora.layer import Adapted, slot_of, why_not
-from convlora.putback import put_back
+from convlora.inspect.flow import nested_leaves
+from convlora.inspect.restored import restored
+from convlora.layer.adapted import Adapted, slot_of, why_not
 
 STAGES = ("identity", "step", "file", "merge", "remove")
 
@@ -184,7 +184,7 @@ class _Trial:
         On a frozen network: by `requires_grad` torch chooses, without gradients, too, how it multiplies some matrices.
         """
         flags = [(p, p.requires_grad) for p in model.parameters()]
-        with torch.no_grad(), put_back(model, parameter_values=False):
+        with torch.no_grad(), restored(model, parameter_values=False):
             model.requires_grad_(False)
             found = [y for training in (False, True) for y in self.forward(model.train(training))]
         for parameter, flag in flags:
@@ -194,13 +194,13 @@ class _Trial:
     def forward(self, model: nn.Module) -> list[Tensor]:
         """Seeded, and on inputs of its own: some networks draw noise, some write to their input."""
         arguments, keywords = self.case.given()
-        return [leaf for leaf in leaves(model(*arguments, **keywords)) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in nested_leaves(model(*arguments, **keywords)) if isinstance(leaf, Tensor)]
 
     def step(self, model: nn.Module) -> bool | str:
         ours = {id(p) for p in convlora.parameters(model)}
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer = torch.optim.SGD(convlora.parameters(model), lr=0.1)
-        with put_back(model, parameter_values=False):
+        with restored(model, parameter_values=False):
             outputs = [y for y in self.forward(model.train()) if y.requires_grad]
             loss = sum((y - torch.randn_like(y))[y.isfinite()].square().mean() for y in outputs)
             assert isinstance(loss, Tensor)

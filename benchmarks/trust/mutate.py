@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from convlora.formats.native import checksum
+from convlora.adapter.file import checksum
 
 Files = dict[str, bytes]
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import convlora
 from benchmarks.trust.dense import Change, rounding
-from convlora.layer import weight_spec
+from convlora.layer.adapted import weight_spec
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

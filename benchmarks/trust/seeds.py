@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import convlora
 from benchmarks.trust.mutate import Files, Packed
 from convlora import Adapter, formats
-from convlora.formats.native import checksum
+from convlora.adapter.file import checksum
+from convlora.support.safetensors import to_safetensors
 
 PLAIN = ["stem", "body.0", "head"]  # layers that every format holds
 ALPHA = 3.0
@@ -122,7 +123,7 @@ def saved(tensors: Any, **options: Any) -> bytes:
 
 
 def packed_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    return formats.native.serialize(tensors, metadata)
+    return to_safetensors(tensors, metadata)
 
 
 # --- large files -----------------------------------------------------------------------------------------------------

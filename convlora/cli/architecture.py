@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convlora.adapter import Adapter, LayerFactors
-from convlora.factors import WeightSpec
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.parts import LayerFactors
+from convlora.factors.base import WeightSpec
 from convlora.formats import specs_from_checkpoint, specs_of
 
 
@@ -22,7 +23,7 @@ class Architecture(NamedTuple):
     model: nn.Module
 
 
-def recognise(state: Mapping[str, Any]) -> Architecture | None:
+def recognise_architecture(state: Mapping[str, Any]) -> Architecture | None:
     """The network of a state dict; None without spandrel, or if it knows none."""
     if importlib.util.find_spec("spandrel") is None:
         return None
@@ -36,17 +37,17 @@ def recognise(state: Mapping[str, Any]) -> Architecture | None:
 
 def layers_of(state: Mapping[str, Any]) -> dict[str, WeightSpec]:
     """The layers of a checkpoint, and those of its network where it is known: their names may differ."""
-    known = recognise(state)
+    known = recognise_architecture(state)
     return {**specs_from_checkpoint(state), **(specs_of(known.model) if known else {})}
 
 
-def renamed(adapter: Adapter, state: Mapping[str, Any]) -> Adapter:
+def with_checkpoint_names(adapter: Adapter, state: Mapping[str, Any]) -> Adapter:
     """The adapter of a network with the layer names of its checkpoint, where loading changes them.
 
     spandrel's ESRGAN, for one, names layers in one way whatever the file does. A layer is found by its weight's values.
     The adapter comes back as it is where the network is unknown or a layer is not found exactly once.
     """
-    known = recognise(state)
+    known = recognise_architecture(state)
     if known is None:
         return adapter
     stored = {n.removesuffix(".weight"): v for n, v in state.items() if n.endswith(".weight") and _is_floating(v)}

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
-from convlora.progress import watching
+from convlora.support.progress import watching_steps
 
 
 class Commands(TyperGroup):
@@ -66,5 +66,5 @@ def progress(what: str) -> Iterator[None]:
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
-        with watching(lambda done, total: bar.update(task, completed=done, total=total)):
+        with watching_steps(lambda done, total: bar.update(task, completed=done, total=total)):
             yield

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from convlora import formats
-from convlora.adapter import Adapter, key
-from convlora.checkpoint import misfits
-from convlora.cli.architecture import layers_of, renamed
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.checkpoint import state_dict_misfits
+from convlora.adapter.parts import base_fingerprint, tensor_key
+from convlora.cli.architecture import layers_of, with_checkpoint_names
 from convlora.errors import ConvLoRAError
-from convlora.files import Checkpoint
-from convlora.formats.native import fingerprint
-from convlora.targets import nearest
+from convlora.formats.checkpoints import Checkpoint
+from convlora.targets import nearest_names
 
 OTHER_BASE = "'{}' was trained on another base of the same shapes, or on another precision of it"
 
@@ -39,27 +39,27 @@ def read_base(path: Path | None) -> Checkpoint | None:
     return None if path is None else Checkpoint.read(path)
 
 
-def place(adapter: Adapter, state: Mapping[str, Any], file: Path, base: Path, command: str) -> Adapter:
+def fit_to_base(adapter: Adapter, state: Mapping[str, Any], file: Path, base: Path, command: str) -> Adapter:
     """The adapter with the layer names of a checkpoint.
 
     Raises:
         ConvLoRAError: it does not fit; all that is missing or mismatched is listed.
     """
-    placed = renamed(adapter, state) if misfits(adapter, state) else adapter
-    problems = misfits(placed, state)
+    placed = with_checkpoint_names(adapter, state) if state_dict_misfits(adapter, state) else adapter
+    problems = state_dict_misfits(placed, state)
     if problems:
-        remedy = f"; {nearest(problems.missing[0], state)}" if problems.missing else ""
+        remedy = f"; {nearest_names(problems.missing[0], state)}" if problems.missing else ""
         raise ConvLoRAError(f"{command}: '{file}' does not fit '{base}': {problems}{remedy}")
     return placed
 
 
-def same_base(adapter: Adapter, placed: Adapter, state: Mapping[str, Any]) -> bool | None:
+def is_same_base(adapter: Adapter, placed: Adapter, state: Mapping[str, Any]) -> bool | None:
     """Whether the checkpoint is the base that was adapted, as stored or read in float32; None if the file tells not."""
     if adapter.fingerprint is None:
         return None
-    weights = {was: state[key(now, "weight")] for was, now in zip(adapter.layers, placed.layers, strict=True)}
+    weights = {was: state[tensor_key(now, "weight")] for was, now in zip(adapter.layers, placed.layers, strict=True)}
     read = {path: weight.to(torch.float32) for path, weight in weights.items()}
-    return adapter.fingerprint in (fingerprint(weights), fingerprint(read))
+    return adapter.fingerprint in (base_fingerprint(weights), base_fingerprint(read))
 
 
 def per_adapter(values: Sequence[float], adapters: Sequence[Path], command: str, option: str) -> list[float]:
@@ -71,7 +71,7 @@ def per_adapter(values: Sequence[float], adapters: Sequence[Path], command: str,
     return list(values) if len(values) == len(adapters) else [*values, 1.0][:1] * len(adapters)
 
 
-def one_of(command: str, rank: int | None, energy: float | None) -> None:
+def check_rank_or_energy(command: str, rank: int | None, energy: float | None) -> None:
     """Exactly one of two options.
 
     Raises:
@@ -106,6 +106,6 @@ def _overlap(path: Path, source: Path) -> bool:
     return same or ours == theirs or ours in theirs.parents or (source.is_dir() and theirs in ours.parents)
 
 
-def size(path: Path) -> int:
+def size_in_bytes(path: Path) -> int:
     """Bytes of a file, or of the files in a folder."""
     return sum(f.stat().st_size for f in path.iterdir() if f.is_file()) if path.is_dir() else path.stat().st_size

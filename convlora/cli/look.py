@@ -10,21 +10,22 @@ from typing import Annotated, Any
 import typer
 
 from convlora import formats
-from convlora.adapter import BIAS, Adapter, LayerFactors
-from convlora.algebra import dense
-from convlora.checkpoint import apply
-from convlora.cli.architecture import recognise
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.algebra import dense_delta
+from convlora.adapter.checkpoint import apply_adapters
+from convlora.adapter.parts import BIAS_DELTA, LayerFactors
+from convlora.cli.architecture import recognise_architecture
 from convlora.cli.console import emit, progress
-from convlora.cli.inputs import OTHER_BASE, place, read_adapter, read_base, same_base, size
+from convlora.cli.inputs import OTHER_BASE, fit_to_base, is_same_base, read_adapter, read_base, size_in_bytes
 from convlora.cli.options import BaseOption, File, Json
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
-from convlora.factors import WeightSpec
-from convlora.files import Checkpoint
+from convlora.factors.base import WeightSpec
 from convlora.formats import specs_from_checkpoint, specs_of
-from convlora.progress import steps
-from convlora.table import table
-from convlora.targets import nearest, per_layer, select
+from convlora.formats.checkpoints import Checkpoint
+from convlora.support.progress import counted_steps
+from convlora.support.table import text_table
+from convlora.targets import nearest_names, select_layers, values_by_layer
 
 
 def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
@@ -41,11 +42,11 @@ def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
     adapter = read_adapter(file, read_base(base))
     format = formats.detect(file)
     with progress("norms"):
-        layers = {path: _describe(adapter.config, layer) for path, layer in steps(adapter.layers.items())}
+        layers = {path: _describe(adapter.config, layer) for path, layer in counted_steps(adapter.layers.items())}
     report = {
         "file": str(file),
         "format": format,
-        "bytes": size(file),
+        "bytes": size_in_bytes(file),
         "checksum": "ok" if format == "convlora" else None,
         "fingerprint": adapter.fingerprint,
         "name": adapter.config.name,
@@ -70,7 +71,7 @@ def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
     head = "\n".join(f"{name:8}{text}" for name, text in facts.items())
     columns = ["layer", "weight", "rank", "alpha", "scale", "parameters", "‖ΔW‖"]
     foot = f"{len(layers)} layers, {report['parameters']:,} parameters"
-    emit(report, f"{head}\n\n{table(columns, rows, right=5)}\n{foot}", as_json)
+    emit(report, f"{head}\n\n{text_table(columns, rows, right=5)}\n{foot}", as_json)
 
 
 def diff(
@@ -95,7 +96,7 @@ def diff(
     with progress("distances"):
         layers = {
             path: _compare(ours.config, ours.layers[path], theirs.config, theirs.layers[path])
-            for path in steps(both)
+            for path in counted_steps(both)
             if path not in other
         }
     report: dict[str, Any] = {
@@ -113,7 +114,7 @@ def diff(
          "  ".join(f"{d:.3g}" + (" (bias)" if kind == "bias" else "") for kind, d in each["distance"].items())]
         for path, each in layers.items()
     ]  # fmt: skip
-    lines = [table(["layer", "rank A", "rank B", "‖ΔW‖ A", "‖ΔW‖ B", "distance"], rows, right=5)] if rows else []
+    lines = [text_table(["layer", "rank A", "rank B", "‖ΔW‖ A", "‖ΔW‖ B", "distance"], rows, right=5)] if rows else []
     for what, paths in (("only in A", report["only_a"]), ("only in B", report["only_b"]), ("other weights", other)):
         lines += [f"{what}: {', '.join(paths)}"] if paths else []
     distance = report["largest_distance"]
@@ -141,18 +142,18 @@ def layers(
       convlora layers RealESRGAN_x4plus.pth "*.conv[12].0" --exclude "*.RDB3.*"
     """
     state = Checkpoint.read(checkpoint).state
-    known = recognise(state)
+    known = recognise_architecture(state)
     every = specs_of(known.model) if known else specs_from_checkpoint(state)
     if not every:
         raise ConvLoRAError(f"layers: '{checkpoint}' has no layer that can be adapted")
     wanted, unwanted = patterns or ["*"], exclude or []
     if known:
-        found, idle = select(known.model, wanted, unwanted, "layers")
+        found, idle = select_layers(known.model, wanted, unwanted, "layers")
         if idle:
-            raise ConvLoRAError(f"layers: --exclude {idle[0]!r} selects no layer; {nearest(str(idle[0]), every)}")
+            raise ConvLoRAError(f"layers: --exclude {idle[0]!r} selects no layer; {nearest_names(str(idle[0]), every)}")
         kinds: dict[str, str | None] = {path: type(layer).__name__ for path, layer in found.items()}
     else:
-        verdicts = per_layer(
+        verdicts = values_by_layer(
             {**dict.fromkeys(wanted, True), **dict.fromkeys(unwanted, False)}, False, every, "layers", "target"
         )
         kinds = {path: None for path, selected in verdicts.items() if selected}
@@ -176,7 +177,7 @@ def layers(
     ]
     of = known.name if known else "the bare checkpoint, groups unknown"
     foot = f"{len(kinds)} of {len(every)} layers of {of}; {report['weights']:,} weights"
-    text = table(["layer", "type", "weight", "groups", "weights"], rows, right=2)
+    text = text_table(["layer", "type", "weight", "groups", "weights"], rows, right=2)
     emit(report, f"{text}\n{foot}", as_json)
 
 
@@ -212,7 +213,7 @@ def verify(
     report["ok"] = not failed
     words = {True: "ok", False: "FAILED", None: "unknown"}
     rows = [[name, words[check["ok"]], check["what"]] for name, check in checks.items()]
-    emit(report, table(["check", "result", "what"], rows), as_json)
+    emit(report, text_table(["check", "result", "what"], rows), as_json)
     if failed:
         raise ConvLoRAError(f"verify: {'; '.join(checks[name]['what'] for name in failed)}")
 
@@ -221,12 +222,12 @@ def _against(adapter: Adapter, file: Path, checkpoint: Checkpoint, base: Path) -
     """What becomes of an adapter on a base: whether it fits, and whether the base is the one that was adapted."""
     state = checkpoint.fitting(adapter.layers).state
     try:
-        placed = place(adapter, state, file, base, "verify")
+        placed = fit_to_base(adapter, state, file, base, "verify")
         with progress("merging"):
-            apply([(placed, 1.0)], state)
+            apply_adapters([(placed, 1.0)], state)
     except ConvLoRAError as error:
         return {"fits": {"ok": False, "what": _cause(error)}}
-    same = same_base(adapter, placed, state)
+    same = is_same_base(adapter, placed, state)
     words = {True: f"'{base}' was adapted", False: OTHER_BASE.format(file)}
     return {
         "fits": {"ok": True, "what": f"on '{base}', merged values finite"},
@@ -248,17 +249,19 @@ def _describe(config: AdapterConfig, layer: LayerFactors) -> dict[str, Any]:
         "alpha": layer.alpha,
         "scale": config.scale(layer.rank, layer.alpha),
         "parameters": sum(t.numel() for t in layer.tensors.values()),
-        "norm": float(dense(config, layer).norm()),
-        "bias_norm": float(layer.tensors[BIAS].double().norm()) if BIAS in layer.tensors else None,
+        "norm": float(dense_delta(config, layer).norm()),
+        "bias_norm": float(layer.tensors[BIAS_DELTA].double().norm()) if BIAS_DELTA in layer.tensors else None,
         "aliases": list(layer.aliases),
     }
 
 
 def _compare(config: AdapterConfig, ours: LayerFactors, other: AdapterConfig, theirs: LayerFactors) -> dict[str, Any]:
-    one, two = dense(config, ours), dense(other, theirs)
+    one, two = dense_delta(config, ours), dense_delta(other, theirs)
     distance = {"weight": _distance(one, two)}
-    if BIAS in ours.tensors or BIAS in theirs.tensors:
-        biases = [layer.tensors[BIAS].double() if BIAS in layer.tensors else None for layer in (ours, theirs)]
+    if BIAS_DELTA in ours.tensors or BIAS_DELTA in theirs.tensors:
+        biases = [
+            layer.tensors[BIAS_DELTA].double() if BIAS_DELTA in layer.tensors else None for layer in (ours, theirs)
+        ]
         known = next(bias for bias in biases if bias is not None)
         distance["bias"] = _distance(*(known.new_zeros(known.shape) if bias is None else bias for bias in biases))
     return {"rank": [ours.rank, theirs.rank], "norm": [float(one.norm()), float(two.norm())], "distance": distance}

@@ -11,25 +11,25 @@ import torch
 import typer
 
 from convlora import formats
-from convlora.adapter import Adapter
-from convlora.checkpoint import apply
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.checkpoint import apply_adapters
 from convlora.cli.architecture import layers_of
 from convlora.cli.console import emit, progress
 from convlora.cli.inputs import (
     OTHER_BASE,
     check_output,
-    one_of,
+    check_rank_or_energy,
+    fit_to_base,
+    is_same_base,
     per_adapter,
-    place,
     read_adapter,
     read_base,
-    same_base,
-    size,
+    size_in_bytes,
 )
 from convlora.cli.options import Adapters, Base, BaseOption, Energy, File, Force, Form, Json, Name, Out, Rank
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
-from convlora.files import SAFETENSORS, SUFFIXES, Checkpoint
-from convlora.table import table
+from convlora.formats.checkpoints import SAFETENSORS, SUFFIXES, Checkpoint
+from convlora.support.table import text_table
 
 ROUNDING = 1e-6  # of float32 factors: an error below it is none
 NEEDED = {"peft": "locon", "locon": "locon", "loralib": "convlora"}  # the factorization that a format can hold
@@ -63,10 +63,10 @@ def merge(
     loaded = [read_adapter(file, checkpoint) for file in adapters]
     checkpoint = checkpoint.fitting([path for adapter in loaded for path in adapter.layers])
     state = checkpoint.state
-    placed = [place(adapter, state, file, base, "merge") for adapter, file in zip(loaded, adapters, strict=True)]
+    placed = [fit_to_base(adapter, state, file, base, "merge") for adapter, file in zip(loaded, adapters, strict=True)]
     with progress("merging"):
-        merged = apply(list(zip(placed, strengths, strict=True)), state)
-    same = [same_base(adapter, there, state) for adapter, there in zip(loaded, placed, strict=True)]
+        merged = apply_adapters(list(zip(placed, strengths, strict=True)), state)
+    same = [is_same_base(adapter, there, state) for adapter, there in zip(loaded, placed, strict=True)]
     for file, verdict in zip(adapters, same, strict=True):
         if verdict is False:
             _warn(f"merge: {OTHER_BASE.format(file)}")
@@ -110,7 +110,7 @@ def extract(
       convlora extract span.safetensors tuned.safetensors -o tuned-lora.safetensors --energy 0.9
     """
     check_output(out, [base, tuned], force, "extract", [SAFETENSORS])
-    one_of("extract", rank, energy)
+    check_rank_or_energy("extract", rank, energy)
     before, after = Checkpoint.read(base).state, Checkpoint.read(tuned).state
     if not set(before) & set(after):
         raise ConvLoRAError(f"extract: '{base}' and '{tuned}' have no name in common; are they of one network?")
@@ -145,7 +145,7 @@ def resize(
       convlora resize rain.safetensors -o small.safetensors --energy 0.95
     """
     check_output(out, [file, base], force, "resize", [SAFETENSORS])
-    one_of("resize", rank, energy)
+    check_rank_or_energy("resize", rank, energy)
     adapter = read_adapter(file, read_base(base))
     with progress("resizing"):
         small = adapter.resize(rank=rank, energy=energy)
@@ -250,7 +250,7 @@ def _report(adapter: Adapter, errors: Mapping[str, float], out: Path, format: st
     parameters = sum(t.numel() for layer in adapter.layers.values() for t in layer.tensors.values())
     report = {
         "output": str(out),
-        "bytes": size(out),
+        "bytes": size_in_bytes(out),
         "format": format,
         "factors": adapter.config.factors,
         "parameters": parameters,
@@ -261,7 +261,7 @@ def _report(adapter: Adapter, errors: Mapping[str, float], out: Path, format: st
     }
     lossy = [[path, str(layer.rank), f"{errors[path]:.3g}"] for path, layer in adapter.layers.items()
              if errors.get(path, 0.0) > ROUNDING]  # fmt: skip
-    lines = [table(["layer", "rank", "error"], lossy, right=2)] if lossy else []
+    lines = [text_table(["layer", "rank", "error"], lossy, right=2)] if lossy else []
     lines += [f"{out}: {len(adapter.layers)} layers, {parameters:,} parameters, {report['bytes']:,} bytes"]
     emit(report, "\n".join(lines), as_json)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from convlora.errors import ConvLoRAError
 
-SHORTEST = 1e-12  # a shorter vector has no direction: affinity 0 to every pixel, and no gradient
+SHORTEST_VECTOR = 1e-12  # a shorter vector has no direction: affinity 0 to every pixel, and no gradient
 
 # Elements of one block over all images. On a CPU by measurement: 1 MiB of float32, the second-level cache. On a GPU by
 # reasoning: 64 MiB, large enough that launching the few operations of a block costs nothing.
@@ -86,7 +86,7 @@ def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
     """Columns of unit length in float64, and what they were divided by (infinite for those without a direction)."""
     precise = features if features.device.type == "mps" else features.double()  # mps has no float64
     length = torch.linalg.vector_norm(precise, dim=1, keepdim=True)
-    length = length.masked_fill(length <= SHORTEST, torch.inf)
+    length = length.masked_fill(length <= SHORTEST_VECTOR, torch.inf)
     return precise / length, length.to(features.dtype)
 
 

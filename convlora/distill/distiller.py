@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_map
 
 from convlora.config import Target, is_number
 from convlora.distill.losses import Loss, get_loss
-from convlora.distill.taps import Taker, Tap, evaluating, find, matches_parts
+from convlora.distill.taps import FeatureTaker, FeatureTap, find_taps, in_eval_mode, matches_parts
 from convlora.errors import ConvLoRAError
-from convlora.switch import disabled
-from convlora.targets import nearest
-from convlora.walk import adapters, unwrap
+from convlora.model.switch import disabled
+from convlora.model.traversal import adapters, unwrap_model
+from convlora.targets import nearest_names
 
 Layers: TypeAlias = "Target | Sequence[Target] | Mapping[str, str]"
 V = TypeVar("V")
@@ -92,20 +92,20 @@ class Distiller:
         project: Mapping[str, Project] | None = None,
         check_finite: bool = True,
     ) -> None:
-        root = unwrap(student, "distill")
+        root = unwrap_model(student, "distill")
         if teacher is None and not adapters(root):
             raise ConvLoRAError("distill: the student has no adapters to switch off; inject first, or give a teacher")
-        if teacher is not None and unwrap(teacher, "distill") is root:
+        if teacher is not None and unwrap_model(teacher, "distill") is root:
             raise ConvLoRAError("distill: the teacher is the student; leave it out to learn from the frozen base")
         self.student, self.teacher = student, teacher
         self.loss = get_loss(loss)
         self.check_finite = check_finite
-        self.pairs = _pairs(root, root if teacher is None else unwrap(teacher, "distill"), layers)
+        self.pairs = _pairs(root, root if teacher is None else unwrap_model(teacher, "distill"), layers)
         per_pattern = weights if isinstance(weights, Mapping) else {tap.module: weights for tap in self.pairs}
         self.weights = dict.fromkeys(self.pairs, 1.0) | _by_pattern(per_pattern, self.pairs, "weights", _weight)
         self.project = _by_pattern(project or {}, self.pairs, "project", _projection)
-        self._take_student = Taker(student, self.pairs)
-        self._take_teacher = Taker(_without_ddp(student) if teacher is None else teacher, self.pairs.values())
+        self._take_student = FeatureTaker(student, self.pairs)
+        self._take_teacher = FeatureTaker(_without_ddp(student) if teacher is None else teacher, self.pairs.values())
 
     def __call__(self, x: Any, teacher_input: Any = None) -> Distilled:
         """Run both models; see `Distilled`.
@@ -129,20 +129,22 @@ class Distiller:
 
     def __repr__(self) -> str:
         pairs = (str(s) if str(s) == str(t) else f"{s} <- {t}" for s, t in self.pairs.items())
-        by = "its frozen base" if self.teacher is None else type(unwrap(self.teacher, "distill")).__name__
+        by = "its frozen base" if self.teacher is None else type(unwrap_model(self.teacher, "distill")).__name__
         name = getattr(self.loss, "__name__", repr(self.loss))
-        return f"Distiller({type(unwrap(self.student, 'distill')).__name__} by {by}, {name} of {', '.join(pairs)})"
+        return (
+            f"Distiller({type(unwrap_model(self.student, 'distill')).__name__} by {by}, {name} of {', '.join(pairs)})"
+        )
 
-    def _teach(self, x: Any) -> tuple[Any, dict[Tap, list[Tensor]]]:
+    def _teach(self, x: Any) -> tuple[Any, dict[FeatureTap, list[Tensor]]]:
         model = self.student if self.teacher is None else self.teacher
-        root = unwrap(model, "distill")
+        root = unwrap_model(model, "distill")
         # A network that scales its input in place must not do so to the student's.
         x = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)
         off = disabled(root) if self.teacher is None else contextlib.nullcontext()
-        with torch.no_grad(), evaluating(root), off, _same_random_numbers(root):
+        with torch.no_grad(), in_eval_mode(root), off, _same_random_numbers(root):
             return _spread(self._take_teacher, x)
 
-    def _term(self, tap: Tap, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    def _term(self, tap: FeatureTap, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         """The mean over the times that the layer ran."""
         name, other = str(tap), str(self.pairs[tap])
         if len(student) != len(teacher):
@@ -169,7 +171,7 @@ class Distiller:
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
-def _spread(take: Taker, x: Any) -> tuple[Any, dict[Tap, list[Tensor]]]:
+def _spread(take: FeatureTaker, x: Any) -> tuple[Any, dict[FeatureTap, list[Tensor]]]:
     if isinstance(x, Mapping):
         return take(**x)
     return take(*x) if isinstance(x, tuple) else take(x)
@@ -177,7 +179,7 @@ def _spread(take: Taker, x: Any) -> tuple[Any, dict[Tap, list[Tensor]]]:
 
 def _without_ddp(model: nn.Module) -> nn.Module:
     """The model itself if it is bare or compiled, else what DDP wraps: a pass without gradients is not its business."""
-    bare = unwrap(model, "distill")
+    bare = unwrap_model(model, "distill")
     return model if model is bare or model._modules.get("_orig_mod") is bare else bare
 
 
@@ -190,12 +192,12 @@ def _same_random_numbers(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _pairs(student: nn.Module, teacher: nn.Module, layers: Layers) -> dict[Tap, Tap]:
+def _pairs(student: nn.Module, teacher: nn.Module, layers: Layers) -> dict[FeatureTap, FeatureTap]:
     """Student tap -> teacher tap, in the order of the student's modules."""
     if isinstance(layers, Mapping):
         return {_only(student, "student", s): _only(teacher, "teacher", t) for s, t in layers.items()}
     targets = [layers] if isinstance(layers, str | type) or callable(layers) else list(layers)
-    found = {tap for target in targets for tap in find(student, target)}
+    found = {tap for target in targets for tap in find_taps(student, target)}
     order = {name: place for place, (name, _) in enumerate(student.named_modules())}
     taps = sorted(found, key=lambda tap: (order[tap.module], str(tap)))
     if teacher is not student:
@@ -206,11 +208,11 @@ def _pairs(student: nn.Module, teacher: nn.Module, layers: Layers) -> dict[Tap, 
     return {tap: tap for tap in taps}
 
 
-def _only(model: nn.Module, whose: str, target: str) -> Tap:
+def _only(model: nn.Module, whose: str, target: str) -> FeatureTap:
     if not isinstance(target, str):
         raise ConvLoRAError(f"distill: {{student layer: teacher layer}} takes names, got {target!r}")
     try:
-        taps = find(model, target)
+        taps = find_taps(model, target)
     except ConvLoRAError as error:
         raise ConvLoRAError(f"{error} (the {whose})") from None
     if len(taps) > 1:
@@ -220,17 +222,17 @@ def _only(model: nn.Module, whose: str, target: str) -> Tap:
 
 
 def _by_pattern(
-    values: Mapping[str, V], taps: Iterable[Tap], field: str, checked: Callable[[str, V], W]
-) -> dict[Tap, W]:
+    values: Mapping[str, V], taps: Iterable[FeatureTap], field: str, checked: Callable[[str, V], W]
+) -> dict[FeatureTap, W]:
     """Student tap -> value by `{pattern: value}`, the last matching pattern wins."""
     taps = list(taps)
-    found: dict[Tap, W] = {}
+    found: dict[FeatureTap, W] = {}
     for pattern, value in values.items():
         hits = [tap for tap in taps if pattern in (str(tap), tap.module)] or [
             tap for tap in taps if matches_parts(pattern, tap.module)
         ]
         if not hits:
-            close = nearest(pattern, map(str, taps))
+            close = nearest_names(pattern, map(str, taps))
             raise ConvLoRAError(f"distill: {field} pattern '{pattern}' matches none of the student's layers; {close}")
         found |= dict.fromkeys(hits, checked(f"distill: {field} of '{pattern}'", value))
     return found

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convlora.distill.affinity import SHORTEST, pairwise_l1
+from convlora.distill.affinity import SHORTEST_VECTOR, pairwise_l1
 from convlora.errors import ConvLoRAError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -208,5 +208,5 @@ def _affinity_l1(student: Tensor, teacher: Tensor) -> Tensor:
 def _unit(vectors: Tensor) -> Tensor:
     """Vectors along the last dimension at length 1; one without a direction becomes 0, with gradient 0."""
     squares = vectors.square().sum(-1, keepdim=True)
-    short = squares <= SHORTEST**2
+    short = squares <= SHORTEST_VECTOR**2
     return vectors / squares.masked_fill(short, math.inf).sqrt()

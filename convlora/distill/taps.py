@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from convlora.config import Target
 from convlora.errors import ConvLoRAError
-from convlora.layer import Adapted
-from convlora.targets import describe, nearest, selects
-from convlora.walk import unwrap
+from convlora.layer.adapted import Adapted
+from convlora.model.traversal import unwrap_model
+from convlora.targets import describe_target, nearest_names, target_selects
 
 _ELEMENT = re.compile(r"(.+)\[(-?\w+)\]", re.DOTALL)
 _BEFORE = r"\1"
 
 
 @dataclass(frozen=True)
-class Tap:
+class FeatureTap:
     """A module by its name, and the way into its output: `("block_1", (0,))` is the first of `block_1`'s tuple."""
 
     module: str
@@ -33,7 +33,7 @@ class Tap:
         return self.module + "".join(f"[{step}]" for step in self.path)
 
 
-def find(model: nn.Module, target: Target) -> list[Tap]:
+def find_taps(model: nn.Module, target: Target) -> list[FeatureTap]:
     """The taps that a target means, in model order.
 
     Modules nest, so a `*` stays within one part of a dotted name, unlike for `inject`: `"block_*"` is the blocks and
@@ -46,22 +46,28 @@ def find(model: nn.Module, target: Target) -> list[Tap]:
     names = dict(_modules(model))
     taps = _find(names, target)
     if not taps:
-        clause = f"; {nearest(_ELEMENT.sub(_BEFORE, target), filter(None, names))}" if isinstance(target, str) else ""
-        raise ConvLoRAError(f"distill: layer {describe(target)} selects no module of {type(model).__name__}{clause}")
+        clause = (
+            f"; {nearest_names(_ELEMENT.sub(_BEFORE, target), filter(None, names))}" if isinstance(target, str) else ""
+        )
+        raise ConvLoRAError(
+            f"distill: layer {describe_target(target)} selects no module of {type(model).__name__}{clause}"
+        )
     return taps
 
 
-def _find(names: Mapping[str, nn.Module], target: Target) -> list[Tap]:
+def _find(names: Mapping[str, nn.Module], target: Target) -> list[FeatureTap]:
     if isinstance(target, str):
         if element := _ELEMENT.fullmatch(target):
             step = int(element[2]) if re.fullmatch(r"-?\d+", element[2]) else element[2]
             if outer := _find(names, element[1]):
-                return [Tap(tap.module, (*tap.path, step)) for tap in outer]
+                return [FeatureTap(tap.module, (*tap.path, step)) for tap in outer]
         if target in names:
-            return [Tap(target)]
+            return [FeatureTap(target)]
         if not target.startswith("re:"):
-            return [Tap(name) for name in names if name and matches_parts(target, name)]
-    return [Tap(name) for name, module in names.items() if name and selects(target, name, module, "distill")]
+            return [FeatureTap(name) for name in names if name and matches_parts(target, name)]
+    return [
+        FeatureTap(name) for name, module in names.items() if name and target_selects(target, name, module, "distill")
+    ]
 
 
 def matches_parts(pattern: str, name: str) -> bool:
@@ -87,14 +93,14 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
-class Taker:
+class FeatureTaker:
     """Runs a model and takes features on the way.
 
     Hooks are there during the call only. A feature is a copy, so that an in-place activation behind the layer does not
     change it.
     """
 
-    def __init__(self, model: nn.Module, taps: Iterable[Tap]) -> None:
+    def __init__(self, model: nn.Module, taps: Iterable[FeatureTap]) -> None:
         self.model = model
         self.taps = list(dict.fromkeys(taps))
         self._seen: list[list[Tensor | str]] = [[] for _ in self.taps]
@@ -105,13 +111,13 @@ class Taker:
         if inner is not None:
             self._run = model.dynamo_ctx(self._run)  # type: ignore[operator]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[Tap, list[Tensor]]]:
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[FeatureTap, list[Tensor]]]:
         """The model's output, and per tap one feature for each time that the layer ran.
 
         Raises:
             ConvLoRAError: a layer did not run, or its output is no tensor.
         """
-        root = unwrap(self.model, "distill")
+        root = unwrap_model(self.model, "distill")
         handles = []
         try:
             for tap, seen in zip(self.taps, self._seen, strict=True):
@@ -167,7 +173,7 @@ def _kind(output: Any) -> str:
     return f"a {type(output).__name__}"
 
 
-def _checked(tap: Tap, features: list[Tensor | str]) -> list[Tensor]:
+def _checked(tap: FeatureTap, features: list[Tensor | str]) -> list[Tensor]:
     if not features:
         raise ConvLoRAError(
             f"distill: '{tap}' did not run in this forward; tap a layer that does (of a model compiled in parts or in "
@@ -180,7 +186,7 @@ def _checked(tap: Tap, features: list[Tensor | str]) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for every module inside the block, flag by flag, so that no method of the model's own is called."""
     modes = [(module, module.training) for module in model.modules()]
     try:

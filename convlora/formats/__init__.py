@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from convlora.adapter import Adapter
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.file import FORMAT, read_adapter, write_adapter
+from convlora.adapter.specs import specs_from_checkpoint as specs_from_checkpoint
 from convlora.errors import ConvLoRAError, Problems, one_line
-from convlora.factors import WeightSpec
-from convlora.formats import locon, loralib, native, peft, tensors
-from convlora.specs import specs_from_checkpoint as specs_from_checkpoint
-from convlora.specs import specs_of as specs_of
+from convlora.factors.base import WeightSpec
+from convlora.formats import locon, loralib, peft, tensors
+from convlora.model.traversal import specs_of as specs_of
 
 FORMATS = ("convlora", "peft", "locon", "loralib")
 
@@ -41,7 +42,7 @@ def detect(path: str | os.PathLike[str]) -> str:
     if place.name in (peft.CONFIG, peft.WEIGHTS) and os.path.isfile(place.with_name(peft.CONFIG)):
         return "peft"
     names, metadata = tensors.header(place)
-    if metadata.get("format") == native.FORMAT:
+    if metadata.get("format") == FORMAT:
         return "convlora"
     if locon.recognises(names):
         return "locon"
@@ -93,7 +94,7 @@ def read(
     if layers is not None and not (isinstance(layers, Mapping) and all(map(_is_spec, layers.values()))):
         raise ConvLoRAError("read: layers= must be {layer path: WeightSpec}; see specs_of and specs_from_checkpoint")
     if kind == "convlora":
-        adapter = native.read(place)
+        adapter = read_adapter(Adapter, place)
     else:
         try:
             if kind == "peft":
@@ -157,7 +158,7 @@ def write(
     if not overwrite and (any(place.iterdir()) if os.path.isdir(place) else os.path.lexists(place)):
         raise ConvLoRAError(f"write: '{path}' exists; overwrite=True replaces it")
     if kind == "convlora":
-        native.write(adapter, place)
+        write_adapter(adapter, place)
     elif kind == "peft":
         peft.write(adapter, place, prefix)
     elif kind == "locon":

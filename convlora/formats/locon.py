@@ -20,14 +20,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from convlora.adapter import BIAS, Adapter, LayerFactors
-from convlora.algebra import assemble, linear_scaling
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.algebra import assemble, with_linear_scaling
+from convlora.adapter.file import layers_from_json, layers_to_json
+from convlora.adapter.parts import BIAS_DELTA, LayerFactors
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
-from convlora.factors import WeightSpec
-from convlora.formats.native import describe, described
-from convlora.formats.tensors import dump, load
-from convlora.targets import nearest
+from convlora.factors.base import WeightSpec
+from convlora.formats.tensors import read_tensors, write_tensors
+from convlora.targets import nearest_names
 
 PREFIX, LAYERS = "lycoris", "convlora.layers"
 _FOLDED = 64  # a Tucker file's factor, folded, over its parts: at most the kernel's size, 9 to 49 for images
@@ -52,8 +53,8 @@ def recognises(names: Iterable[str]) -> bool:
 
 def read(path: str | os.PathLike[str], layers: Mapping[str, WeightSpec] | None) -> Adapter:
     """Read a LoCon file; see `convlora.formats.read`."""
-    tensors, metadata = load(path)
-    stated = described(metadata[LAYERS]) if LAYERS in metadata else {}
+    tensors, metadata = read_tensors(path)
+    stated = layers_from_json(metadata[LAYERS]) if LAYERS in metadata else {}
     own = _by_name(tensors)
     base = layers if layers is not None else {p: layer.spec for p, layer in stated.items()}
     paths = _resolve(own, base) if base or layers is not None else _without_prefix(own)
@@ -62,7 +63,7 @@ def read(path: str | os.PathLike[str], layers: Mapping[str, WeightSpec] | None) 
         layer = _layer(name, parts, base.get(paths[name]))
         aliases = stated[paths[name]].aliases if paths[name] in stated else ()
         read_layers[paths[name]] = replace(layer, aliases=aliases)
-    return assemble(AdapterConfig(targets="*", factors="locon"), read_layers)
+    return assemble(Adapter, AdapterConfig(targets="*", factors="locon"), read_layers)
 
 
 def _by_name(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -158,7 +159,7 @@ def _resolve(names: Collection[str], layers: Mapping[str, WeightSpec]) -> dict[s
         unknown = sorted(name for name in names if _rest(name, closest) not in paths)
         raise ConvLoRAError(
             f"no layer of the base has these names: {', '.join(unknown)}; "
-            f"{nearest(unknown[0].removeprefix(closest), paths)}"
+            f"{nearest_names(unknown[0].removeprefix(closest), paths)}"
         )
     if len(known or fitting) > 1:
         readings = " or ".join(repr(paths[first.removeprefix(prefix)][0]) for prefix in known or fitting)
@@ -195,7 +196,7 @@ def _without_prefix(names: Collection[str]) -> dict[str, str]:
 
 def write(adapter: Adapter, path: str | os.PathLike[str], prefix: str | None) -> None:
     """Write a LoCon file; see `convlora.formats.write`."""
-    layers = linear_scaling(adapter.refactor("locon"))
+    layers = with_linear_scaling(adapter.refactor("locon"))
     names = {layer_path: flat(layer_path, PREFIX if prefix is None else prefix) for layer_path in layers}
     tensors: dict[str, Tensor] = {}
     for layer_path, layer in layers.items():
@@ -212,14 +213,14 @@ def write(adapter: Adapter, path: str | os.PathLike[str], prefix: str | None) ->
         tensors[f"{name}.{_DOWN}"] = layer.tensors["lora_A"].reshape(layer.rank, *layer.spec.shape[1:])
         tensors[f"{name}.{_UP}"] = up
         tensors[f"{name}.{_ALPHA}"] = torch.tensor(float(alpha))
-    dump(path, tensors, {"format": "pt", LAYERS: describe(layers)})
+    write_tensors(path, tensors, {"format": "pt", LAYERS: layers_to_json(layers)})
 
 
 def _check(path: str, layer: LayerFactors) -> None:
     reason = None
     if layer.spec.transposed:
         reason = "is a transposed convolution, which LyCORIS cannot adapt"
-    elif BIAS in layer.tensors and bool(layer.tensors[BIAS].ne(0).any()):
+    elif BIAS_DELTA in layer.tensors and bool(layer.tensors[BIAS_DELTA].ne(0).any()):
         reason = "has a bias delta, for which LoCon has no place"
     if reason:
         raise ConvLoRAError(f"write: no LoCon file holds this adapter: '{path}' {reason}")

@@ -19,13 +19,14 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from convlora.adapter import BIAS, Adapter, LayerFactors, key
-from convlora.algebra import assemble, linear_scaling
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.algebra import assemble, with_linear_scaling
+from convlora.adapter.file import layers_from_json, layers_to_json
+from convlora.adapter.parts import BIAS_DELTA, LayerFactors, tensor_key
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
-from convlora.factors import WeightSpec
-from convlora.formats.native import describe, described
-from convlora.formats.tensors import dump, load
+from convlora.factors.base import WeightSpec
+from convlora.formats.tensors import read_tensors, write_tensors
 
 LAYERS = "convlora.layers"
 _FACTORS = ("lora_A", "lora_B")
@@ -40,8 +41,8 @@ def read(
     path: str | os.PathLike[str], layers: Mapping[str, WeightSpec] | None, rank: int | None, alpha: float | None
 ) -> Adapter:
     """Read a loralib state dict; see `convlora.formats.read`."""
-    tensors, metadata = load(path)
-    stated = described(metadata[LAYERS]) if LAYERS in metadata else {}
+    tensors, metadata = read_tensors(path)
+    stated = layers_from_json(metadata[LAYERS]) if LAYERS in metadata else {}
     if alpha is None and not stated:
         raise ConvLoRAError("a loralib file does not state lora_alpha; give alpha= (loralib's default is 1)")
     if rank is not None and (type(rank) is not int or rank < 1):
@@ -67,7 +68,7 @@ def read(
             layer = replace(layer, alpha=stated[layer_path].alpha, aliases=stated[layer_path].aliases)
         read_layers[layer_path] = layer if alpha is None else replace(layer, alpha=alpha)
     problems.raise_if_any("loralib")
-    return assemble(AdapterConfig(targets="*", factors="convlora"), read_layers)
+    return assemble(Adapter, AdapterConfig(targets="*", factors="convlora"), read_layers)
 
 
 def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[int, ...]]]:
@@ -84,9 +85,11 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor
         else:
             own.setdefault(layer_path, {})[name] = tensor
     if not problems:
-        problems.missing += [key(p, name) for p, factors in own.items() for name in _FACTORS if name not in factors]
+        problems.missing += [
+            tensor_key(p, name) for p, factors in own.items() for name in _FACTORS if name not in factors
+        ]
     problems.raise_if_any("loralib")
-    weights = {p: [key(p, "weight"), key(p, "conv.weight")] for p in own}
+    weights = {p: [tensor_key(p, "weight"), tensor_key(p, "conv.weight")] for p in own}
     base = {p: tuple(tensors[name].shape) for p, names in weights.items() for name in names if name in tensors}
     if rest:
         warnings.warn(
@@ -131,7 +134,7 @@ def write(adapter: Adapter, path: str | os.PathLike[str], alpha: float | None) -
     """Write a loralib state dict; see `convlora.formats.write`."""
     if alpha is not None and (not is_number(alpha) or alpha == 0):
         raise ConvLoRAError(f"write: alpha (={alpha!r}) must be a finite number other than 0")
-    layers = linear_scaling(adapter.refactor("convlora"))
+    layers = with_linear_scaling(adapter.refactor("convlora"))
     _check(layers)
     alphas = sorted({layer.alpha for layer in layers.values()})
     if alpha is None and len(alphas) > 1:
@@ -145,9 +148,9 @@ def write(adapter: Adapter, path: str | os.PathLike[str], alpha: float | None) -
         a, b = layer.tensors["lora_A"], layer.tensors["lora_B"]
         if alpha is not None and layer.alpha != alpha:
             b = (b.double() * (layer.alpha / alpha)).to(b.dtype)
-        tensors.update({key(layer_path, "lora_A"): a, key(layer_path, "lora_B"): b})
+        tensors.update({tensor_key(layer_path, "lora_A"): a, tensor_key(layer_path, "lora_B"): b})
         written[layer_path] = replace(layer, alpha=layer.alpha if alpha is None else alpha)
-    dump(path, tensors, {"format": "pt", LAYERS: describe(written)})
+    write_tensors(path, tensors, {"format": "pt", LAYERS: layers_to_json(written)})
 
 
 def _check(layers: Mapping[str, LayerFactors]) -> None:
@@ -158,7 +161,7 @@ def _check(layers: Mapping[str, LayerFactors]) -> None:
             reason = "is a transposed convolution, which loralib lacks"
         elif len(kernel) not in (0, 2) or len(set(kernel)) > 1:
             reason = f"has a kernel {kernel}; loralib has Linear and Conv2d with square kernels"
-        elif BIAS in layer.tensors and bool(layer.tensors[BIAS].ne(0).any()):
+        elif BIAS_DELTA in layer.tensors and bool(layer.tensors[BIAS_DELTA].ne(0).any()):
             reason = "has a bias delta; loralib stores biases whole"
         if reason:
             raise ConvLoRAError(f"write: no loralib file holds this adapter: '{path}' {reason}")

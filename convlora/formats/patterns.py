@@ -20,7 +20,7 @@ _PLAIN = re.compile(r"(\^?)((?:[\w/.-]|\\[^\w\s])+)")
 _ANY = "\0"  # in a plain name: a dot that is not escaped, which stands for any character
 
 
-class Patterns:
+class LayerPatterns:
     r"""The values of the patterns that match a layer as PEFT's `get_pattern_key` does: as `(.*\.)?(pattern)$`.
 
     Args:
@@ -28,7 +28,7 @@ class Patterns:
         where: they come from, for messages.
 
     Example:
-        >>> Patterns({"^stem": 1, "conv": 2, r"body\.[0-9]+": 3}, "a file").values("body.0.conv")
+        >>> LayerPatterns({"^stem": 1, "conv": 2, r"body\.[0-9]+": 3}, "a file").values("body.0.conv")
         [2]
     """
 

@@ -24,23 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convlora.adapter import BIAS, Adapter, LayerFactors
-from convlora.algebra import assemble
-from convlora.atomic import write_folder
+from convlora.adapter.adapter import Adapter
+from convlora.adapter.algebra import assemble
+from convlora.adapter.parts import BIAS_DELTA, LayerFactors
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems, one_line
-from convlora.factors import WeightSpec
-from convlora.formats.native import serialize
-from convlora.formats.parsing import contents
-from convlora.formats.patterns import Patterns
-from convlora.formats.tensors import load
-from convlora.jsontext import parse
+from convlora.factors.base import WeightSpec
+from convlora.formats.patterns import LayerPatterns
+from convlora.formats.tensors import read_tensors
+from convlora.support.atomic import write_folder
+from convlora.support.jsontext import parse_json
+from convlora.support.safetensors import read_regular_file, to_safetensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 
 _KEY = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))??\.(?P<kind>weight|bias)")
-_NAMES = {("A", "weight"): "lora_A", ("B", "weight"): "lora_B", ("B", "bias"): BIAS}
+_NAMES = {("A", "weight"): "lora_A", ("B", "weight"): "lora_B", ("B", "bias"): BIAS_DELTA}
 
 # What a config may switch on that an update W + s·B·A of a layer's weight does not express.
 _REFUSED = {
@@ -72,7 +72,7 @@ def read(path: str | os.PathLike[str]) -> Adapter:
     _refuse(settings)
     if not os.path.isfile(folder / WEIGHTS) and os.path.isfile(folder / PICKLE):
         raise ConvLoRAError(f"{PICKLE} is a pickle, which can run code; save with safe_serialization=True in PEFT")
-    tensors = _by_layer(load(folder / WEIGHTS)[0])
+    tensors = _by_layer(read_tensors(folder / WEIGHTS)[0])
     scaling = "sqrt" if settings.get("use_rslora") else "linear"
     config = AdapterConfig(targets="*", factors="locon", rank_scaling=scaling)
     ranks, alphas = (_patterns(settings, field) for field in ("rank_pattern", "alpha_pattern"))
@@ -93,12 +93,12 @@ def read(path: str | os.PathLike[str]) -> Adapter:
             continue
         layers[layer] = _layer(layer, own, rank, alpha, config.scale(rank, alpha))
     problems.raise_if_any("PEFT")
-    return assemble(config, layers)
+    return assemble(Adapter, config, layers)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     try:
-        settings = parse(contents(folder / CONFIG).decode())
+        settings = parse_json(read_regular_file(folder / CONFIG).decode())
     except (OSError, ValueError) as error:
         raise ConvLoRAError(f"{CONFIG} cannot be read ({one_line(error)})") from None
     if not isinstance(settings, dict):
@@ -146,11 +146,11 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
-def _patterns(settings: Mapping[str, Any], field: str) -> Patterns:
+def _patterns(settings: Mapping[str, Any], field: str) -> LayerPatterns:
     patterns = settings.get(field) or {}
     if not isinstance(patterns, dict):
         raise ConvLoRAError(f"{CONFIG}: {field} is no JSON object")
-    return Patterns(patterns, f"{CONFIG}: {field}")
+    return LayerPatterns(patterns, f"{CONFIG}: {field}")
 
 
 def _layer(path: str, own: Mapping[str, Tensor], rank: int, alpha: float, scale: float) -> LayerFactors:
@@ -164,8 +164,10 @@ def _layer(path: str, own: Mapping[str, Tensor], rank: int, alpha: float, scale:
     tensors = {"lora_A": a, "lora_B": b}
     if a[0, 0].numel() == 1:
         tensors = {name: tensor.flatten(1) for name, tensor in tensors.items()}
-    if BIAS in own and bool(own[BIAS].ne(0).any()):  # PEFT has one for all layers or none, zero where there is no bias
-        tensors[BIAS] = (own[BIAS].double() * scale).to(own[BIAS].dtype)
+    if BIAS_DELTA in own and bool(
+        own[BIAS_DELTA].ne(0).any()
+    ):  # PEFT has one for all layers or none, zero where there is no bias
+        tensors[BIAS_DELTA] = (own[BIAS_DELTA].double() * scale).to(own[BIAS_DELTA].dtype)
     return LayerFactors(tensors, WeightSpec((b.shape[0], *a.shape[1:])), rank, alpha)
 
 
@@ -173,7 +175,7 @@ def write(adapter: Adapter, path: str | os.PathLike[str], prefix: str | None) ->
     """Write a PEFT directory; see `convlora.formats.write`."""
     adapter = adapter.refactor("locon")
     _check(adapter)
-    with_bias = any(BIAS in layer.tensors for layer in adapter.layers.values())
+    with_bias = any(BIAS_DELTA in layer.tensors for layer in adapter.layers.values())
     tensors = {}
     for layer_path, layer in adapter.layers.items():
         stem = f"{PREFIX if prefix is None else prefix}{layer_path}"
@@ -183,7 +185,7 @@ def write(adapter: Adapter, path: str | os.PathLike[str], prefix: str | None) ->
         if with_bias:
             tensors[f"{stem}.lora_B.bias"] = _bias(layer, adapter.config.scale(layer.rank, layer.alpha))
     settings = json.dumps(_config(adapter, with_bias), indent=2, sort_keys=True)
-    write_folder(path, {WEIGHTS: serialize(tensors, {"format": "pt"}), CONFIG: settings.encode()})
+    write_folder(path, {WEIGHTS: to_safetensors(tensors, {"format": "pt"}), CONFIG: settings.encode()})
 
 
 def _check(adapter: Adapter) -> None:
@@ -197,16 +199,16 @@ def _check(adapter: Adapter) -> None:
             reason = f"is one module with {', '.join(map(repr, layer.aliases))}: PEFT adapts only the first of them"
         elif not path:
             reason = "is the model itself, which PEFT cannot adapt"
-        elif BIAS in layer.tensors and layer.alpha == 0 and bool(layer.tensors[BIAS].ne(0).any()):
+        elif BIAS_DELTA in layer.tensors and layer.alpha == 0 and bool(layer.tensors[BIAS_DELTA].ne(0).any()):
             reason = "has a bias delta and alpha 0: PEFT scales the bias, too"
         if reason:
             raise ConvLoRAError(f"write: no PEFT adapter holds this one: '{path}' {reason}")
 
 
 def _bias(layer: LayerFactors, scale: float) -> Tensor:
-    if BIAS not in layer.tensors or layer.alpha == 0:
+    if BIAS_DELTA not in layer.tensors or layer.alpha == 0:
         return torch.zeros(layer.spec.out_channels, dtype=layer.tensors["lora_B"].dtype)
-    bias = layer.tensors[BIAS]
+    bias = layer.tensors[BIAS_DELTA]
     return (bias.double() / scale).to(bias.dtype)
 
 

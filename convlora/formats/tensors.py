@@ -12,33 +12,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from convlora.atomic import write_atomically
 from convlora.errors import ConvLoRAError, one_line
-from convlora.formats.native import serialize
-from convlora.formats.parsing import contents, described, unpack
-from convlora.formats.pickled import unpickle
+from convlora.support.atomic import write_atomically
+from convlora.support.safetensors import from_safetensors, read_regular_file, safetensors_header, to_safetensors
+from convlora.support.torchfile import from_torch_file
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a file; torch's files have none.
 
     Raises:
         ConvLoRAError: no such file, a damaged one, or one that holds more than named tensors.
     """
     with _readable(path):
-        raw = contents(path)
+        raw = read_regular_file(path)
         if _is_safetensors(path, raw):
-            found, metadata = unpack(raw)
+            found, metadata = from_safetensors(raw)
             return {name: found[name] for name in sorted(found, key=_natural)}, metadata
-        content = unpickle(raw)
-    if type(content) is not dict or not content:
+        content = from_torch_file(raw)
+    if not isinstance(content, dict) or not content:
         raise ConvLoRAError(f"read: '{path}' holds no named tensors, but a {type(content).__name__}")
     for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise ConvLoRAError(f"read: '{path}' holds more than plain tensors: {name!r} is a {type(value).__name__}")
-    return content, {}
+        if not isinstance(name, str) or not _is_plain(value):
+            kind = f"tensor on {value.device}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+            raise ConvLoRAError(f"read: '{path}' holds more than named, plain tensors: {name!r} is a {kind}")
+        if value.nbytes > len(raw):  # a few numbers, seen again and again
+            raise ConvLoRAError(f"read: '{path}' claims more than the file holds: {name!r} has {value.nbytes:,} bytes")
+    return {name: value.detach() for name, value in content.items()}, {}
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
 def header(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
@@ -48,10 +54,10 @@ def header(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
         ConvLoRAError: as `load`.
     """
     with _readable(path):
-        raw = contents(path)
+        raw = read_regular_file(path)
         if _is_safetensors(path, raw):
-            return described(raw)
-    tensors, metadata = load(path)
+            return safetensors_header(raw)
+    tensors, metadata = read_tensors(path)
     return list(tensors), metadata
 
 
@@ -78,7 +84,7 @@ def _natural(name: str) -> str:
     return re.sub(r"\d+", lambda digits: digits[0].zfill(6), name)
 
 
-def dump(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write named tensors, atomically, as the suffix says; torch's own files carry no metadata.
 
     Raises:
@@ -86,7 +92,7 @@ def dump(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: 
     """
     suffix = Path(path).suffix
     if suffix == ".safetensors":
-        write_atomically(path, serialize(tensors, metadata))
+        write_atomically(path, to_safetensors(tensors, metadata))
     elif suffix in TORCH_SUFFIXES:
         buffer = io.BytesIO()
         torch.save(dict(tensors), buffer)

@@ -1,24 +1,22 @@
-"""The command line that span.py, swinir.py and rrdb.py share: one set of options, the defaults of each script."""
+"""The command line that span.py, swinir.py and rrdb.py share: one set of options, with defaults for each network."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
-from rich.console import Console
 
 from sr import degradations
-from sr.demonstration import demonstrate
 from sr.networks import Network
 from sr.report import one_line_errors
 
 NET, ADAPTER, TRAINING, OUTPUT = "Network and photos", "Adapter", "Training", "Machine and output"
 FREE = {"seed", "device", "threads", "out"}  # options that change no promise
-
-console = Console()
+GAIN = 0.3  # dB over the base, what a run with default options promises
 
 
 def option(panel: str, text: str, **more: Any) -> Any:
@@ -56,6 +54,10 @@ class Options:
     threads: Annotated[int | None, option(OUTPUT, "CPU threads, else all.", min=1)] = None
     out: Annotated[Path, option(OUTPUT, "Folder for what the run writes.")]
 
+    def as_json(self) -> dict[str, object]:
+        """The options, of paths the last part."""
+        return {name: value.name if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
 
 HELP = """Adapt a super-resolution network, {name}, to degraded photos with ConvLoRA.
 
@@ -65,12 +67,16 @@ merged network for spandrel (chaiNNer, ComfyUI), a picture, a training curve and
 """
 
 
-def make_app(network: Network, defaults: Options, *, gain: float) -> typer.Typer:
-    """The command of one script, whose default run promises `gain` (dB over the base)."""
+def make_app(adapt: Callable[[Network, Options, float | None], None], network: Network, **defaults: Any) -> typer.Typer:
+    """A command that calls `adapt(network, options, promised)`; `defaults` are those of options that differ.
+
+    `promised` is the gain in dB that a run with default options must reach, else None.
+    """
+    usual = Options(**dict(base=network.weights, targets=[*network.targets], out=Path("runs", network.stem)) | defaults)
 
     @one_line_errors
     def main(context: typer.Context, **given: Any) -> None:
-        demonstrate(network, Options(**given), gain if is_default_run(context) else None, console)
+        adapt(network, Options(**given), GAIN if is_default_run(context) else None)
 
     # typer reads the options from the signature: here the fields of `Options`.
     hints = get_type_hints(Options, include_extras=True)
@@ -80,7 +86,7 @@ def make_app(network: Network, defaults: Options, *, gain: float) -> typer.Typer
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=getattr(defaults, field.name),
+                default=getattr(usual, field.name),
                 annotation=hints[field.name],
             )
             for field in fields(Options)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image as PilImage
 from PIL import UnidentifiedImageError
@@ -101,7 +102,23 @@ def read_folder(folder: Path) -> list[Photo]:
     return [Photo(path.stem, read_image(path)) for path in image_files(folder)]
 
 
-def prepare(photos: Sequence[Photo], scale: int, least: int) -> list[Photo]:
+def choose_photos(photos: Path | None, held_out: Path | None) -> tuple[list[Photo], list[Photo]]:
+    """(training, held-out) photos of two folders; of one, every fourth is held out; of none, `bundled_photos`.
+
+    Raises:
+        InputError: one photo cannot both train and judge.
+    """
+    training = bundled_photos()[0] if photos is None else read_folder(photos)
+    if held_out is not None:
+        return training, read_folder(held_out)
+    if photos is None:
+        return training, bundled_photos()[1]
+    if len(training) < 2:
+        raise InputError(f"photos {photos}: one photo only; give others by --held-out")
+    return [photo for index, photo in enumerate(training) if index % 4 != 1], training[1::4]
+
+
+def crop_photos(photos: Sequence[Photo], scale: int, least: int) -> list[Photo]:
     """The photos cropped (top left) to sides that are multiples of `scale`.
 
     Raises:
@@ -128,26 +145,32 @@ def degraded_pairs(
     degrade: Callable[[Image, int, int], Image],
     *,
     scale: int,
-    draws: int,
-    seed: int,
+    draws: int = 1,
+    seed: int = 0,
+    least: int = 64,
 ) -> list[Pair]:
-    """Each photo with `draws` different degradations; `degrade(high, seed, scale)` gives one."""
+    """Each photo, cropped, with `draws` different degradations, of which `degrade(high, seed, scale)` gives one."""
     return [
         Pair(photo.name, degrade(photo.pixels, seed + index * draws + draw, scale), photo.pixels)
-        for index, photo in enumerate(photos)
+        for index, photo in enumerate(crop_photos(photos, scale, least))
         for draw in range(draws)
     ]
 
 
 def to_tensor(image: Image) -> Tensor:
     """uint8 `(h, w, 3)` to float `(1, 3, h, w)` in [0, 1]."""
-    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))[None].float() / 255.0
+    return _planes(image)[None].float() / 255.0
 
 
 def to_image(tensor: Tensor) -> Image:
     """float `(1, 3, h, w)` to uint8 `(h, w, 3)`: clamped to [0, 1] and rounded."""
-    pixels = tensor.detach()[0].float().clamp(0, 1).mul(255).round().to(torch.uint8)
-    return pixels.permute(1, 2, 0).cpu().numpy()
+    pixels = tensor.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return rearrange(pixels, "1 c h w -> h w c").cpu().numpy()
+
+
+def _planes(image: Image) -> Tensor:
+    """uint8 `(h, w, 3)` to uint8 `(3, h, w)`, in memory of its own."""
+    return torch.from_numpy(np.array(rearrange(image, "h w c -> c h w"), order="C"))
 
 
 class Patches(IterableDataset[tuple[Tensor, Tensor]]):
@@ -181,8 +204,3 @@ class Patches(IterableDataset[tuple[Tensor, Tensor]]):
             high[:, top * scale : (top + size) * scale, left * scale : (left + size) * scale],
         )
         return [torch.rot90(crop.flip(2) if mirror else crop, turns, (1, 2)) for crop in crops]
-
-
-def _planes(image: Image) -> Tensor:
-    """uint8 `(h, w, 3)` to uint8 `(3, h, w)`."""
-    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))

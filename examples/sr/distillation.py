@@ -22,7 +22,7 @@ RANKS = {"conv_2": 8, "upsampler.0": 8}
 BLOCKS = [f"block_{block}[0]" for block in range(1, 7)]  # a block returns its output, a feature and its attention
 
 
-def inject(model: nn.Module) -> nn.Module:
+def inject_dsclora(model: nn.Module) -> nn.Module:
     """Put DSCLoRA's adapters on a SPAN, in place."""
     alphas = {layer: 2.0 * rank for layer, rank in RANKS.items()}
     return convlora.inject(model, TARGETS, rank=RANK, alpha=2.0 * RANK, ranks=RANKS, alphas=alphas)

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 from spandrel import ModelLoader
@@ -29,7 +28,7 @@ SPAN_WEIGHTS = Path(__file__).parents[1] / "weights" / "span_x4_c26.safetensors"
 SPAN_TARGETS = ["conv_1", "block_*.c?_r", "conv_2", "conv_cat", "upsampler.0"]  # every convolution, collapsed
 
 
-def span(channels: int = 26, scale: int = 4, img_range: float = 255.0) -> SPAN:
+def new_span(channels: int = 26, scale: int = 4, img_range: float = 255.0) -> SPAN:
     """A collapsed SPAN (Wan et al. 2023) with random weights: RGB in [0, 1] in and out.
 
     `img_range` multiplies the input, less its mean; 255 is what every released checkpoint assumes.
@@ -113,6 +112,11 @@ def read_state(path: Path) -> State:
         raise InputError(f"base {path}: cannot be read ({type(error).__name__}: {error})") from None
 
 
+def equal_states(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts have the same keys in the same order, and the same values."""
+    return list(state) == list(other) and all(torch.equal(state[key], value) for key, value in other.items())
+
+
 def load_span(path: Path) -> tuple[SPAN, int]:
     """A SPAN of any width from a `.safetensors` or `.pth` file, collapsed, and its scale.
 
@@ -139,7 +143,7 @@ def _load_collapsed(state: State) -> tuple[SPAN, int]:
     state = {key.replace(".eval_conv.", "."): value.float() for key, value in state.items()}
     channels, joined = state["conv_1.weight"].shape[0], state["conv_cat.weight"].shape[0]
     scale = math.isqrt(state["upsampler.0.weight"].shape[0] // 3)
-    model = span(channels, scale)
+    model = new_span(channels, scale)
     if joined != channels:  # NTIRE's 28-channel SPAN joins its features into 20
         model.conv_cat = conv_layer(channels * 4, joined, kernel_size=1)
         model.upsampler[0] = conv_layer(joined, 3 * scale**2, kernel_size=3)
@@ -177,60 +181,3 @@ def predict(model: nn.Module, low: Image) -> Tensor:
 def upscale(model: nn.Module, low: Image) -> Image:
     """The same as a uint8 photo."""
     return to_image(predict(model, low))
-
-
-def bicubic_taps(scale: int) -> Tensor:
-    """`(scale², 3, 3)`: bicubic enlargement before a pixel shuffle, cut to the 3x3 neighbourhood."""
-    taps = torch.zeros(scale**2, 9)
-    for tap in range(9):
-        impulse = torch.zeros(9)
-        impulse[tap] = 1
-        field = F.pad(impulse.view(1, 1, 3, 3), (2, 2, 2, 2))
-        wide = F.interpolate(field, scale_factor=scale, mode="bicubic")[0, 0]
-        taps[:, tap] = wide[3 * scale : 4 * scale, 3 * scale : 4 * scale].reshape(-1)
-    return taps.view(-1, 3, 3)
-
-
-@torch.no_grad()
-def start_as_bicubic(model: SPAN, scale: int = 4) -> SPAN:
-    """Set the first three channels of a collapsed SPAN so that the untrained network upscales.
-
-    `conv_1` and `conv_cat` hand the image itself through, the upsampler interpolates it: bicubic
-    weights cut to the 3x3 neighbourhood. All other paths start random and end in zeros.
-    """
-    upsampler = model.upsampler[0]
-    for conv, passed in ((model.conv_1, 3), (model.conv_cat, 3), (upsampler, None)):
-        conv.weight[:passed] = 0
-        conv.bias[:passed] = 0
-    taps = bicubic_taps(scale)
-    for colour in range(3):
-        model.conv_1.weight[colour, colour, 1, 1] = 1
-        model.conv_cat.weight[colour, colour] = 1
-        outputs = slice(colour * scale**2, (colour + 1) * scale**2)
-        upsampler.bias[outputs] = model.mean[0, colour]
-        upsampler.weight[outputs, colour] = taps / model.img_range
-    return model
-
-
-@torch.no_grad()
-def balance(model: SPAN, low: Tensor, attention: float = 2.5) -> SPAN:
-    """Scale a collapsed SPAN's random weights, layer by layer, so that every block is heard.
-
-    After it each convolution's output has standard deviation 1 on the batch `low` `(n, 3, h, w)`
-    (layer-sequential unit variance, Mishkin and Matas 2015, arXiv 1511.06422), and the third of a
-    block, whose sigmoid less one half multiplies the block's output, has `attention`. With
-    PyTorch's own scale that factor is near 0 and the signal is gone after two of the six blocks.
-    """
-    blocks = [f"block_{block}.c{conv}_r" for block in range(1, 7) for conv in (1, 2, 3)]
-    for name in ("conv_1", *blocks, "conv_2"):
-        conv = model.get_submodule(name)
-        random = slice(3, None) if name == "conv_1" else slice(None)  # start_as_bicubic sets three
-        seen: list[Tensor] = []
-        hook = conv.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output.clone()))
-        model(low)
-        hook.remove()
-        wanted = attention if name.endswith("c3_r") else 1.0
-        factor = wanted / seen[0][:, random].std()
-        conv.weight[random] *= factor
-        conv.bias[random] *= factor
-    return model

@@ -49,7 +49,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def swinir(channels: int = 36, depths: tuple[int, ...] = (4, 4), scale: int = 4) -> SwinIR:
+def new_swinir(channels: int = 36, depths: tuple[int, ...] = (4, 4), scale: int = 4) -> SwinIR:
     """A SwinIR (Liang et al. 2021) for light-weight super-resolution, with random weights: RGB in [0, 1] in and out.
 
     The masks in its state dict are for inputs of 16x16 pixels, which keeps the file small; others it computes.
@@ -61,7 +61,7 @@ def swinir(channels: int = 36, depths: tuple[int, ...] = (4, 4), scale: int = 4)
         )  # fmt: skip
 
 
-def rrdb(channels: int = 16, blocks: int = 1) -> ESRGAN:
+def new_rrdb(channels: int = 16, blocks: int = 1) -> ESRGAN:
     """An RRDBNet x4 (Wang et al. 2018, ESRGAN) with random weights: RGB in [0, 1] in and out."""
     return ESRGAN(num_filters=channels, num_blocks=blocks, scale=4)
 

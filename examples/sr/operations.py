@@ -10,6 +10,7 @@ import io
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from numpy.typing import NDArray
 from PIL import Image as PilImage
 from torch import Tensor
@@ -51,7 +52,7 @@ def sinc_kernel(cutoff: float, size: int = 21) -> Kernel:
 
 def blur(tensor: Tensor, kernel: Kernel) -> Tensor:
     """Each channel correlated with one kernel, reflected at the edges."""
-    weight = torch.from_numpy(kernel).to(tensor)[None, None].repeat(tensor.shape[1], 1, 1, 1)
+    weight = repeat(torch.from_numpy(kernel).to(tensor), "y x -> c 1 y x", c=tensor.shape[1])
     padded = F.pad(tensor, [kernel.shape[0] // 2] * 4, mode="reflect")
     return F.conv2d(padded, weight, groups=tensor.shape[1])
 
@@ -60,7 +61,7 @@ def gaussian_noise(tensor: Tensor, deviation: float, rng: np.random.Generator, *
     """The tensor and normal noise of that standard deviation, of 255 levels; `grey`: the same in all colours."""
     height, width = tensor.shape[2:]
     grain = torch.from_numpy(rng.normal(0, deviation / 255, size=(height, width, 1 if grey else 3)))
-    return tensor + grain.permute(2, 0, 1).float()
+    return tensor + rearrange(grain, "h w c -> c h w").float()
 
 
 def shot_noise(tensor: Tensor, strength: float, rng: np.random.Generator, *, grey: bool = False) -> Tensor:

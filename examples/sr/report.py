@@ -1,27 +1,34 @@
-"""What an example shows: errors on one line, a progress bar, a table, two pictures."""
+"""What an example shows and writes: errors on one line, a progress bar, figures, pictures, and which checks hold."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import typer
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from torch import Tensor
+from torch import nn
 
-from convlora import ConvLoRAError
-from sr.data import Image, InputError, to_image
-from sr.metrics import Quality, luma, psnr_y, quality
+import convlora
+from sr.data import Image, InputError, Photo, to_image
+from sr.evaluation import Evaluation, HeldOutSet, quality_table
+from sr.metrics import luma, psnr_y
 from sr.training import Trained
+
+if TYPE_CHECKING:
+    from sr.command import Options
+
+console = Console()
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -31,7 +38,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
             command(*args, **kwargs)
-        except (InputError, ConvLoRAError, OSError) as error:
+        except (InputError, convlora.ConvLoRAError, OSError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
 
@@ -39,7 +46,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def training_bar(console: Console) -> Iterator[Callable[[float, float], None]]:
+def training_bar(console: Console = console) -> Iterator[Callable[[float, float], None]]:
     """A bar that goes from 0 to 1 and shows the loss; gives what `train` takes as `on_step`."""
     columns = (
         TextColumn("training"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
@@ -50,57 +57,71 @@ def training_bar(console: Console) -> Iterator[Callable[[float, float], None]]:
         yield lambda progress, loss: bar.update(task, completed=progress, loss=loss)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a way to enlarge, its quality, and the line it must reproduce."""
-
-    name: str
-    quality: Quality
-    outputs: list[Tensor]
-    equals: str = ""
-    difference: float = 0.0
-
-    @property
-    def equality(self) -> str:
-        """`"adapted, bitwise"` or `"adapted, to 3e-07"`; empty where nothing is claimed."""
-        if not self.equals:
-            return ""
-        return f"{self.equals}, " + ("bitwise" if self.difference == 0 else f"to {self.difference:.0e}")
-
-    def as_json(self) -> dict[str, object]:
-        """The figures without the outputs."""
-        reached = self.quality
-        facts = {"name": self.name, "psnr_y": reached.psnr, "ssim_y": reached.ssim, "psnr_y_each": reached.psnrs}
-        if self.equals:
-            facts |= {"equals": self.equals, "largest_difference": self.difference}
-        return facts
+def show_sizes(model: nn.Module, photos: str, device: torch.device) -> dict[str, int]:
+    """Print how much of an adapted model trains, on which photos and where; the sizes as results.json has them."""
+    size = convlora.summary(model)
+    console.print(
+        f"[bold]{len(size.layers)}[/] layers adapted, [bold]{size.trainable:,}[/] parameters to train beside "
+        f"{size.base:,} frozen ({size.trainable / size.base:.1%}); {photos}; {device_name(device)}"
+    )
+    return {"layers": len(size.layers), "trained_parameters": size.trainable, "base_parameters": size.base}
 
 
-def make_row(name: str, outputs: Sequence[Tensor], truths: Sequence[Image], shave: int, same: Row | None = None) -> Row:
-    """The quality of outputs `(1, 3, h, w)`, and how far they are from those of the row `same`.
+def report_run(
+    stem: str,
+    options: Options,
+    device: torch.device,
+    sizes: Mapping[str, int],
+    photos: Sequence[Photo],
+    held_out: HeldOutSet,
+    trained: Trained,
+    rows: Sequence[Evaluation],
+) -> None:
+    """Print the table of rows, the first of which are bicubic, base and adapted; write pictures and results.json."""
+    out, (bicubic, base, adapted) = options.out, rows[:3]
+    count = len(held_out.pairs) // held_out.draws
+    title = f"{count} held-out photos, {held_out.draws} draws of '{options.degradation}' each"
+    figures = run_figures(sizes, trained, out / "adapter.safetensors", rows)
+    console.print(quality_table(rows, base, title))
+    console.print(
+        f"{len(trained.losses)} steps in {trained.seconds:.0f} s; adapter file {figures['adapter_bytes']:,} bytes, "
+        f"{figures['adapter_bytes'] / options.base.stat().st_size:.1%} of the base's"
+    )
+    save_comparison(out / f"{stem}.png", held_out, [bicubic, base, adapted])
+    save_curve(out / f"{stem}_curve.png", trained)
+    results = {
+        "options": options.as_json(),
+        "device": device_name(device),
+        "versions": {"torch": torch.__version__, "convlora": convlora.__version__},
+        "training_photos": [photo.name for photo in photos],
+        "held_out_photos": [pair.name for pair in held_out.pairs],  # in the order of each row's figures
+        "training_seconds": round(trained.seconds, 1),
+        "gain_db": adapted.gain_over(base),
+    }
+    (out / "results.json").write_text(json.dumps(results | figures, indent=1) + "\n")
+    console.print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
 
-    The difference is the largest over all values of all outputs, unrounded, in units of full scale.
-    """
-    reached = quality([to_image(output) for output in outputs], truths, shave)
-    difference = 0.0
-    if same is not None:
-        pairs = zip(outputs, same.outputs, strict=True)
-        difference = float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())
-    return Row(name, reached, list(outputs), same.name if same else "", difference)
+
+def run_figures(
+    sizes: Mapping[str, int], trained: Trained, adapter: Path, rows: Sequence[Evaluation]
+) -> dict[str, object]:
+    """What results.json says of every run."""
+    return {
+        **sizes,
+        "steps": len(trained.losses),
+        "adapter_bytes": adapter.stat().st_size,
+        "rows": [row.as_json() for row in rows],
+        "curve": trained.measured,
+    }
 
 
-def quality_table(rows: Sequence[Row], base: Row, title: str) -> Table:
-    """The rows as a rich table, with what each gains over `base`."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for column in ("PSNR-Y (dB)", "SSIM-Y", "over base (dB)"):
-        table.add_column(column, justify="right")
-    table.add_column("output equals")
-    for row in rows:
-        reached = row.quality
-        gain = "" if row is base else f"{reached.psnr - base.quality.psnr:+.3f}"
-        table.add_row(row.name, f"{reached.psnr:.3f}", f"{reached.ssim:.4f}", gain, row.equality)
-    return table
+def check_promises(promises: Mapping[str, bool]) -> None:
+    """Say that all hold, or which do not, and exit with 1."""
+    broken = [promise for promise, holds in promises.items() if not holds]
+    if broken:
+        typer.echo(f"failed: {'; '.join(broken)}", err=True)
+        raise typer.Exit(1)
+    console.print(f"[green]{len(promises)} checks hold[/]: {'; '.join(promises)}")
 
 
 def strongest_change(one: Image, other: Image, size: int) -> tuple[int, int]:
@@ -111,41 +132,39 @@ def strongest_change(one: Image, other: Image, size: int) -> tuple[int, int]:
     return int(top), int(left)
 
 
-def save_comparison(
-    path: Path,
-    truths: Sequence[tuple[str, Image]],
-    columns: Sequence[tuple[str, Sequence[Image]]],
-    shave: int,
-    crop: int = 96,
-) -> None:
-    """A picture with a line per photo: the whole, then one square of it by each column, and the truth.
+def save_comparison(path: Path, held_out: HeldOutSet, columns: Sequence[Evaluation], crop: int = 96) -> None:
+    """A picture with a line per photo, as its first degradation left it: the whole, a square by each column, the truth.
 
     The square is where the last two columns differ most. The figures are PSNR-Y of the whole photo.
     """
-    figure = Figure(figsize=(2.1 * (len(columns) + 2), 2.35 * len(truths)), layout="constrained")
-    grid = figure.subplots(len(truths), len(columns) + 2, squeeze=False)
-    for line, (name, truth) in enumerate(truths):
-        size = min(crop, *truth.shape[:2])
-        top, left = strongest_change(columns[-2][1][line], columns[-1][1][line], size)
-        window = (slice(top, top + size), slice(left, left + size))
-        frame = Rectangle((left, top), size, size, fill=False, edgecolor="#ff2d55", linewidth=1.5)
-        grid[line, 0].imshow(truth, interpolation="antialiased")
-        grid[line, 0].add_patch(frame)
-        grid[line, 0].set_xlabel(name, fontsize=8)
-        for place, (_, outputs) in enumerate(columns, start=1):
-            grid[line, place].imshow(outputs[line][window], interpolation="nearest")
-            grid[line, place].set_xlabel(f"{psnr_y(outputs[line], truth, shave):.2f} dB", fontsize=8)
-        grid[line, -1].imshow(truth[window], interpolation="nearest")
-    for place, title in enumerate(["photo", *(title for title, _ in columns), "ground truth"]):
-        grid[0, place].set_title(title, fontsize=9)
-    for axes in grid.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
+    pairs = held_out.pairs[:: held_out.draws]
+    figure = Figure(figsize=(2.1 * (len(columns) + 2), 2.35 * len(pairs)), layout="constrained")
+    grid = figure.subplots(len(pairs), len(columns) + 2, squeeze=False)
+    for line, (pair, axes) in enumerate(zip(pairs, grid, strict=True)):
+        images = [to_image(column.outputs[line * held_out.draws]) for column in columns]
+        size = min(crop, *pair.high.shape[:2])
+        top, left = strongest_change(*images[-2:], size)
+        show_image(axes[0], pair.high, below=pair.name, interpolation="antialiased")
+        axes[0].add_patch(Rectangle((left, top), size, size, fill=False, edgecolor="#ff2d55", linewidth=1.5))
+        figures = [f"{psnr_y(image, pair.high, held_out.scale):.2f} dB" for image in images]
+        for place, image, text in zip(axes[1:], [*images, pair.high], [*figures, ""], strict=True):
+            show_image(place, image[top : top + size, left : left + size], below=text)
+    for place, title in zip(grid[0], ["photo", *(column.name for column in columns), "ground truth"], strict=True):
+        place.set_title(title, fontsize=9)
     figure.savefig(path, dpi=100)
 
 
-def save_curve(path: Path, trained: Trained, what: str, smooth: int = 25) -> None:
-    """The training loss (a running mean over `smooth` steps) and what was measured on the way."""
+def show_image(axes: Axes, image: Image, *, above: str = "", below: str = "", interpolation: str = "nearest") -> None:
+    """A photo without ticks, with a line of text above or below."""
+    axes.imshow(image, interpolation=interpolation)
+    axes.set_title(above, fontsize=8)
+    axes.set_xlabel(below, fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def save_curve(path: Path, trained: Trained, smooth: int = 25) -> None:
+    """The training loss (a running mean over `smooth` steps) and the PSNR that was measured on the way."""
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     left = figure.subplots()
     width = min(smooth, len(trained.losses))
@@ -155,7 +174,7 @@ def save_curve(path: Path, trained: Trained, what: str, smooth: int = 25) -> Non
     left.set_ylabel("training loss, mean |error|", color="#5f6b7a")
     right = left.twinx()
     right.plot(*zip(*trained.measured, strict=True), color="#0b6e4f", marker="o", markersize=3)
-    right.set_ylabel(what, color="#0b6e4f")
+    right.set_ylabel("held-out PSNR-Y (dB)", color="#0b6e4f")
     figure.savefig(path, dpi=100)
 
 

@@ -90,6 +90,16 @@ def make_accelerator(device: str) -> Accelerator:
     return Accelerator(cpu=device == "cpu" or not torch.accelerator.is_available())
 
 
+def set_up_run(out: Path, *, device: str = "auto", seed: int = 0, threads: int | None = None) -> Accelerator:
+    """Set seed and CPU threads, make the folder of a run, and give accelerate's engine, as `make_accelerator` does."""
+    torch.manual_seed(seed)
+    if threads:
+        torch.set_num_threads(threads)
+    accelerator = make_accelerator(device)
+    out.mkdir(parents=True, exist_ok=True)
+    return accelerator
+
+
 def absolute_error(model: nn.Module) -> Loss:
     """The loss that super-resolution networks train on."""
     return lambda low, high: F.l1_loss(model(low), high)
@@ -102,8 +112,8 @@ def train(
     schedule: Schedule,
     accelerator: Accelerator,
     *,
-    measure: Callable[[], float],
-    on_step: Callable[[float, float], None],
+    measure: Callable[[], float] = lambda: math.nan,
+    on_step: Callable[[float, float], None] = lambda progress, loss: None,
     make_loss: Callable[[nn.Module], Loss] = absolute_error,
     accumulate: int = 1,
     average: float | None = None,

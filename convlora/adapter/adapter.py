@@ -1,0 +1,234 @@
+"""`Adapter`: the factors of one adapter without a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convlora.adapter import algebra
+from convlora.adapter.checkpoint import apply_adapters, extract_adapter
+from convlora.adapter.file import read_adapter, write_adapter
+from convlora.adapter.parts import AdapterParts, LayerFactors, layer_delta
+from convlora.errors import ConvLoRAError
+from convlora.factors.base import WeightSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter(AdapterParts):
+    """The factors of one adapter as a value: no model, no architecture needed.
+
+    Args:
+        config: what was adapted and how big.
+        layers: layer path -> `LayerFactors`.
+        fingerprint: of the base weights that were adapted, if known.
+        errors: layer path -> what `resize`, `extract` or `refactor`, whichever made this adapter, left out of ΔW:
+            `‖ΔW - kept‖ / ‖ΔW‖` in the Frobenius norm. Empty for all other adapters; files do not hold it.
+
+    Raises:
+        ConvLoRAError: tensors are missing, unexpected, of other shapes than config and spec say, or non-finite.
+            All are listed.
+
+    Example:
+        >>> import torch, convlora
+        >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+        >>> adapter = convlora.adapter(model)
+        >>> list(adapter.layers), tuple(adapter.delta("0").shape)
+        (['0'], (8, 3, 3, 3))
+    """
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Adapter:
+        """Read an adapter file; never unpickles.
+
+        Raises:
+            ConvLoRAError: no such file, or one that is truncated, altered, foreign, of a newer format version, or
+                holds non-finite values.
+
+        Example:
+            >>> import tempfile, torch, convlora
+            >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     _ = convlora.save(model, f"{folder}/rain.safetensors")
+            ...     Adapter.read(f"{folder}/rain.safetensors").config.rank
+            2
+        """
+        return read_adapter(cls, path)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write an adapter file, atomically: a crash leaves the old file or the new one.
+
+        Raises:
+            ConvLoRAError: the file cannot be written there.
+
+        Example:
+            >>> import tempfile, torch, convlora
+            >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     convlora.adapter(model).to(torch.float16).write(f"{folder}/rain.safetensors")
+        """
+        write_adapter(self, path)
+
+    def to(self, dtype: torch.dtype) -> Adapter:
+        """The adapter with its tensors in another floating dtype.
+
+        Raises:
+            ConvLoRAError: not a floating dtype, or values overflow in it.
+
+        Example:
+            >>> import torch, convlora
+            >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+            >>> convlora.adapter(model).to(torch.bfloat16).layers["0"].tensors["lora_A"].dtype
+            torch.bfloat16
+        """
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ConvLoRAError(f"Adapter.to: dtype (={dtype}) must be a floating point dtype")
+        if dtype.itemsize < 2:
+            raise ConvLoRAError(f"Adapter.to: {dtype} is too narrow for factors; use float16 or bfloat16")
+        if all(t.dtype == dtype for layer in self.layers.values() for t in layer.tensors.values()):
+            return self
+        cast = {
+            path: LayerFactors(
+                {name: t.to(dtype) for name, t in layer.tensors.items()},
+                layer.spec, layer.rank, layer.alpha, layer.aliases,
+            )
+            for path, layer in self.layers.items()
+        }  # fmt: skip
+        return Adapter(self.config, cast, self.fingerprint)
+
+    def delta(self, layer: str) -> Tensor:
+        """ΔW of a layer with its scale, float32 (float64 for float64 factors), shaped as the layer's weight.
+
+        Raises:
+            ConvLoRAError: the adapter has no such layer.
+
+        Example:
+            >>> import torch, convlora
+            >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+            >>> convlora.adapter(model).delta("0").abs().max().item()  # B starts at zero
+            0.0
+        """
+        if layer not in self.layers:
+            known = ", ".join(repr(path) for path in self.layers)
+            raise ConvLoRAError(f"Adapter.delta: no layer {layer!r}; the adapter has {known}")
+        return layer_delta(self.config, self.layers[layer], 1.0)
+
+    def apply_to(self, state_dict: Mapping[str, Any], strength: float = 1.0, *, exact: bool = False) -> dict[str, Any]:
+        """A checkpoint with the adapter merged in: key order, dtypes and all other entries stay.
+
+        The values are bitwise those that `convlora.merge` computes, with the same `exact`. The given state dict is not
+        changed.
+
+        Raises:
+            ConvLoRAError: weights are missing or of other shapes; all are listed.
+
+        Example:
+            >>> import torch, convlora
+            >>> base = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))
+            >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+            >>> merged = convlora.adapter(model).apply_to(base.state_dict(), strength=0.5)
+            >>> list(merged)
+            ['0.weight', '0.bias']
+        """
+        return apply_adapters([(self, strength)], state_dict, exact)
+
+    # --- algebra: each gives a new adapter; the mathematics is in algebra.py and checkpoint.py
+
+    @staticmethod
+    def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+        """The weighted sum of adapters: `ΔW = Σ weight · ΔWᵢ` in every layer that any of them has.
+
+        Exact, but for one rounding of each factor; ranks add up, and the scale becomes 1. Layers, ranks, alphas and
+        `rank_scaling` may differ; bias deltas are summed, too. Name and the rest of the config are the first one's.
+
+        Raises:
+            ConvLoRAError: the factorizations differ, or one layer has weights of different shapes.
+
+        Example:
+            >>> import torch, convlora
+            >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+            >>> rain = snow = convlora.adapter(model)
+            >>> Adapter.combine([rain, snow], weights=[0.7, 0.3]).layers["0"].rank
+            4
+        """
+
+        return algebra.combine(adapters, weights)
+
+    def resize(self, *, rank: int | None = None, energy: float | None = None) -> Adapter:
+        """The nearest adapter of lower rank in the Frobenius norm, layer by layer: a truncated SVD of each ΔW.
+
+        `rank`: at most this in every layer; a layer that has no more stays as it is, bitwise. `energy`: the fewest
+        components that keep this share of the squared singular values, in (0, 1]; 1 drops only what is superfluous.
+        For `"locon"` the matrix is ΔW as `(out, in·k²)`, so that no other adapter of this rank is nearer; for
+        `"convlora"` it is that of `B @ A`, `(out·k, in·k)`, cut after blocks of k singular values. The new adapter's
+        `errors` say what was lost per layer. Eckart and Young 1936, Psychometrika 1, 211.
+
+        Raises:
+            ConvLoRAError: not exactly one of the two is given, or it is out of range.
+
+        Example:
+            >>> import torch, convlora
+            >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=2)
+            >>> small = convlora.adapter(model).resize(rank=1)
+            >>> small.config.rank, small.errors  # B starts at zero: nothing is lost
+            (1, {'0': 0.0})
+        """
+
+        return algebra.resize(self, rank, energy)
+
+    def refactor(self, factors: str, *, rank: int | None = None, energy: float | None = None) -> Adapter:
+        """The same update in another factorization, by default without loss but for rounding.
+
+        Without `rank` and `energy` a layer gets the rank that its update needs: at most k²·r from `"convlora"` of
+        rank r to `"locon"`. With either of them it gets the best factors of that size, as in `resize`; `errors` say
+        what was lost. Factors that mean the same in both, as for Linear and 1×1 layers, stay bitwise.
+
+        Raises:
+            ConvLoRAError: the factorization is unknown or has no method `fit`; rank or energy is out of range.
+
+        Example:
+            >>> import torch, convlora
+            >>> model = convlora.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), targets="*", rank=1)
+            >>> convlora.adapter(model).refactor("locon").config.factors
+            'locon'
+        """
+
+        return algebra.refactor(self, factors, rank, energy)
+
+    @staticmethod
+    def extract(
+        base_state_dict: Mapping[str, Any],
+        tuned_state_dict: Mapping[str, Any],
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        factors: str = "convlora",
+        name: str = "default",
+        specs: Mapping[str, WeightSpec] | None = None,
+    ) -> Adapter:
+        """The adapter that turns one checkpoint into another, as nearly as its rank allows; no architecture needed.
+
+        Takes every floating `.weight` of two or more dimensions that differs, as `resize` does (`rank`, `energy`,
+        `errors`), and the difference of its `.bias` exactly. A bare checkpoint tells neither groups nor transposed
+        layers: a weight counts as one of groups=1 with its shape as stored, unless the length of its bias fits a
+        transposed layer alone. `apply_to` is right in any case; to `load` the adapter onto a model with grouped or
+        transposed layers, say which: `specs={"up": WeightSpec(shape, transposed=True)}`.
+        What differs and cannot be expressed (weights of norms, buffers) is named in a `ConvLoRAWarning`.
+
+        Raises:
+            ConvLoRAError: nothing differs that an adapter can express, a difference is not finite, or a spec has
+                another shape than its weight.
+
+        Example:
+            >>> import torch
+            >>> base = {"conv.weight": torch.zeros(8, 3, 3, 3)}
+            >>> tuned = {"conv.weight": torch.randn(8, 3, 3, 3)}
+            >>> adapter = Adapter.extract(base, tuned, energy=0.9)
+            >>> adapter.errors["conv"] ** 2 <= 0.1
+            True
+        """
+        return extract_adapter(Adapter, base_state_dict, tuned_state_dict, rank, energy, factors, name, specs)

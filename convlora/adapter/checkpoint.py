@@ -1,0 +1,193 @@
+"""Between adapters and bare checkpoints: what is behind `Adapter.apply_to` and `Adapter.extract`."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from convlora.adapter.algebra import alpha_of_scale_one, assemble, factorization_with
+from convlora.adapter.parts import (
+    BIAS_DELTA,
+    AdapterParts,
+    LayerFactors,
+    at_least_float32,
+    base_fingerprint,
+    layer_delta,
+    tensor_key,
+)
+from convlora.adapter.specs import guess_spec, is_layer_weight
+from convlora.config import AdapterConfig, is_number
+from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
+from convlora.factors.base import WeightSpec
+from convlora.factors.fuse import fuse_weight, fuse_weight_exactly, is_finite
+from convlora.factors.svd import rank_chooser
+from convlora.support.progress import counted_steps
+
+OPERATION = "Adapter.extract"
+A = TypeVar("A", bound=AdapterParts)
+
+
+def apply_adapters(
+    strengths: Sequence[tuple[AdapterParts, float]], state_dict: Mapping[str, Any], exact: bool = False
+) -> dict[str, Any]:
+    """See `Adapter.apply_to`; of several adapters the updates are summed before the one rounding, as in a model."""
+    if not isinstance(state_dict, Mapping):
+        raise ConvLoRAError(f"Adapter.apply_to: expected a state dict, got {type(state_dict).__name__}")
+    copies = {  # a module of several paths is one layer
+        tensor_key(alias, kind): tensor_key(path, kind)
+        for adapter, _ in strengths
+        for path, layer in adapter.layers.items()
+        for kind in _kinds(layer)
+        for alias in layer.aliases
+    }
+    changes: dict[str, dict[int, tuple[AdapterParts, LayerFactors, float]]] = {}
+    for number, (adapter, strength) in enumerate(strengths):
+        if not is_number(strength):
+            raise ConvLoRAError(f"Adapter.apply_to: strength (={strength!r}) must be a finite number")
+        state_dict_misfits(adapter, state_dict).raise_if_any("Adapter.apply_to")
+        for path, layer in adapter.layers.items():
+            for kind in _kinds(layer):
+                name = copies.get(tensor_key(path, kind), tensor_key(path, kind))
+                changes.setdefault(name, {}).setdefault(number, (adapter, layer, strength))
+    problems = Problems()
+    merged: dict[str, Tensor] = {}
+    for name, parts in counted_steps(changes.items()):
+        base = state_dict[name]
+        updates = (_change(name, *part, exact).to(base.device) for part in parts.values())
+        merged[name] = (fuse_weight_exactly if exact else fuse_weight)(base.detach(), updates)
+        if not is_finite(merged[name]):
+            problems.non_finite.append(name)
+    problems.raise_if_any("Adapter.apply_to")
+    merged.update({alias: merged[name] for alias, name in copies.items()})
+    result = OrderedDict((name, merged.get(name, value)) for name, value in state_dict.items())
+    if hasattr(state_dict, "_metadata"):  # the versions of torch's modules
+        result._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    return result
+
+
+def state_dict_misfits(adapter: AdapterParts, state_dict: Mapping[str, Any]) -> Problems:
+    """What a state dict lacks for an adapter, and what it has in another shape or dtype."""
+    problems = Problems()
+    for path, layer in adapter.layers.items():
+        for kind in _kinds(layer):
+            name = tensor_key(path, kind)
+            shape = layer.spec.shape if kind == "weight" else (layer.spec.out_channels,)
+            base = state_dict.get(name)
+            if not isinstance(base, Tensor):
+                problems.missing.append(name)
+            elif tuple(base.shape) != shape:
+                problems.mismatched.append(f"{name} {tuple(base.shape)} instead of {shape}")
+            elif not base.is_floating_point() or base.element_size() < 2:
+                problems.mismatched.append(f"{name} {base.dtype} instead of floating point of at least 16 bits")
+    return problems
+
+
+def _kinds(layer: LayerFactors) -> tuple[str, ...]:
+    return ("weight", "bias") if BIAS_DELTA in layer.tensors else ("weight",)
+
+
+def _change(name: str, adapter: AdapterParts, layer: LayerFactors, strength: float, exact: bool) -> Tensor:
+    if name.endswith("weight"):
+        return layer_delta(adapter.config, layer, strength, exact)
+    return (layer.tensors[BIAS_DELTA].double() if exact else at_least_float32(layer.tensors[BIAS_DELTA])) * strength
+
+
+def extract_adapter(
+    make: type[A],
+    base: Mapping[str, Any],
+    tuned: Mapping[str, Any],
+    rank: int | None,
+    energy: float | None,
+    factors: str,
+    name: str,
+    specs: Mapping[str, WeightSpec] | None,
+) -> A:
+    """See `Adapter.extract`."""
+    choose = rank_chooser(OPERATION, rank, energy)
+    factorization = factorization_with(factors, "fit", OPERATION)
+    config = AdapterConfig(targets="*", factors=factors, name=name)
+    differing, left_out = _compare(base, tuned)
+    layers, errors = {}, {}
+    for path, spec in counted_steps(_layers(base, tuned, differing, specs or {}).items()):
+        weight, bias = tensor_key(path, "weight"), tensor_key(path, "bias")
+        fit = factorization.fit(spec.to_convolution(_difference(base, tuned, weight)), spec, choose)
+        tensors = dict(fit.factors)
+        if bias in differing and tuple(base[bias].shape) == (spec.out_channels,):
+            tensors[BIAS_DELTA] = _difference(base, tuned, bias)
+        dtype = torch.float64 if base[weight].dtype == tuned[weight].dtype == torch.float64 else torch.float32
+        tensors = {n: t.to("cpu", dtype) for n, t in tensors.items()}
+        layers[path] = LayerFactors(tensors, spec, fit.rank, alpha_of_scale_one(config, fit.rank))
+        errors[path] = fit.error
+        differing -= {weight, bias} if BIAS_DELTA in tensors else {weight}
+    if not layers:
+        raise ConvLoRAError(f"{OPERATION}: no weight of two or more dimensions, nor its bias, differs")
+    if left_out or differing:
+        names = ", ".join(sorted(map(str, {*left_out, *differing})))
+        warnings.warn(
+            f"{OPERATION}: these differ, and an adapter cannot express it: {names}", ConvLoRAWarning, stacklevel=3
+        )
+    return assemble(
+        make,
+        config,
+        layers,
+        fingerprint=base_fingerprint({p: base[tensor_key(p, "weight")] for p in layers}),
+        errors=errors,
+    )
+
+
+def _compare(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """The tensors of one shape whose values differ, and all else that does."""
+    for state_dict in (base, tuned):
+        if not isinstance(state_dict, Mapping):
+            raise ConvLoRAError(f"{OPERATION}: expected two state dicts, got {type(state_dict).__name__}")
+    differing = set()
+    left_out = {name for name in set(base) ^ set(tuned) if isinstance(base.get(name, tuned.get(name)), Tensor)}
+    for name in set(base) & set(tuned):
+        one, other = base[name], tuned[name]
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            if one.is_meta or other.is_meta:
+                raise ConvLoRAError(f"{OPERATION}: '{name}' has no values yet (meta device)")
+            if one.shape != other.shape:
+                left_out.add(name)
+            elif not _same(one, other):
+                differing.add(name)
+    return differing, left_out
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.to(wide), other.to(one.device, wide))
+
+
+def _layers(
+    base: Mapping[str, Any], tuned: Mapping[str, Any], differing: set[str], specs: Mapping[str, WeightSpec]
+) -> dict[str, WeightSpec]:
+    """Layer path -> its weight, for each layer whose weight or bias differs, in the order of the checkpoint."""
+    problems = Problems()
+    layers = {}
+    for name, weight in base.items():
+        path, _, last = str(name).rpartition(".")
+        if last != "weight" or not is_layer_weight(weight) or not is_layer_weight(tuned.get(name)):
+            continue
+        comparable = weight.shape == tuned[name].shape
+        if name in differing or (comparable and tensor_key(path, "bias") in differing):
+            layers[path] = specs.get(path) or guess_spec(tuple(weight.shape), base.get(tensor_key(path, "bias")))
+            if layers[path].shape != tuple(weight.shape):
+                problems.mismatched.append(f"{name} {tuple(weight.shape)} instead of {layers[path].shape}")
+    problems.missing += [
+        tensor_key(path, "weight") for path in specs if not isinstance(base.get(tensor_key(path, "weight")), Tensor)
+    ]
+    problems.raise_if_any(OPERATION)
+    return layers
+
+
+def _difference(base: Mapping[str, Any], tuned: Mapping[str, Any], name: str) -> Tensor:
+    difference: Tensor = tuned[name].detach().double() - base[name].detach().to(tuned[name].device).double()
+    if not bool(difference.isfinite().all()):
+        raise ConvLoRAError(f"{OPERATION}: non-finite: {name}")
+    return difference

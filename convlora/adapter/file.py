@@ -1,0 +1,144 @@
+"""The library's own file: one `.safetensors` with factors, config, checksum and fingerprint.
+
+Tensor keys are `<layer path>.lora_A`, `<layer path>.lora_B` (`.lora_bias`), or the names of another factorization.
+`__metadata__` holds, all as text:
+
+- `format`: `convlora`, and `convlora.format_version`: `1`;
+- `config`: the `AdapterConfig` as JSON;
+- `layers`: JSON `{path: [rank, alpha, weight shape, groups, transposed, [alias paths]]}`, trailing defaults left out;
+- `fingerprint`: of the base weights that were adapted, if known;
+- `checksum`: SHA-256 over all of the above and over names, dtypes, shapes and bytes of the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from convlora.adapter.parts import AdapterParts, LayerFactors, tensor_key
+from convlora.config import AdapterConfig
+from convlora.errors import ConvLoRAError, one_line
+from convlora.factors.base import WeightSpec
+from convlora.support.atomic import write_atomically
+from convlora.support.jsontext import parse_json
+from convlora.support.safetensors import from_safetensors, read_regular_file, tensor_bytes, to_safetensors
+
+FORMAT, VERSION = "convlora", 1
+A = TypeVar("A", bound=AdapterParts)
+OTHERS = "convlora.formats.read reads those of PEFT, LoCon and loralib"
+
+
+def write_adapter(adapter: AdapterParts, path: str | os.PathLike[str]) -> None:
+    """Write an adapter; see `Adapter.write`."""
+    tensors = {
+        tensor_key(layer_path, name): tensor.detach().cpu().contiguous()
+        for layer_path, layer in adapter.layers.items()
+        for name, tensor in layer.tensors.items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "convlora.format_version": str(VERSION),
+        "config": adapter.config.to_json(),
+        "layers": layers_to_json(adapter.layers),
+    }
+    if adapter.fingerprint is not None:
+        metadata["fingerprint"] = adapter.fingerprint
+    metadata["checksum"] = checksum(tensors, metadata)
+    write_atomically(path, to_safetensors(tensors, metadata))
+
+
+def read_adapter(make: type[A], path: str | os.PathLike[str]) -> A:
+    """Read an adapter, of the class `make`; see `Adapter.read`."""
+    try:
+        raw = read_regular_file(path)  # once: another process may be replacing the file
+        tensors, metadata = from_safetensors(raw)
+    except Exception as error:  # a damaged file can raise anything
+        others = "" if isinstance(error, FileNotFoundError) else f"; {OTHERS}"
+        raise ConvLoRAError(f"read: '{path}' cannot be read as an adapter file ({one_line(error)}){others}") from None
+    if metadata.get("format") != FORMAT:
+        raise ConvLoRAError(f"read: '{path}' is a safetensors file, but no convlora adapter; {OTHERS}")
+    version = metadata.get("convlora.format_version", "")
+    if version != str(VERSION):
+        raise ConvLoRAError(
+            f"read: '{path}' has format version {version!r}, this release reads {VERSION}; update convlora"
+        )
+    if metadata.get("checksum") != checksum(tensors, metadata):
+        raise ConvLoRAError(f"read: '{path}' was altered: its checksum does not match; fetch it again")
+    try:
+        config = AdapterConfig.from_json(metadata["config"])
+        return make(config, _layers(metadata["layers"], tensors), metadata.get("fingerprint"))
+    except ConvLoRAError as error:
+        raise ConvLoRAError(f"read: '{path}': {error}") from None
+    except Exception as error:
+        raise ConvLoRAError(f"read: '{path}' has malformed metadata ({one_line(error)})") from None
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over the metadata (but the checksum itself) and the tensors, independent of their order in the file."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps(sorted((k, v) for k, v in metadata.items() if k != "checksum")).encode())
+    for name in sorted(tensors):
+        update(digest, name, tensors[name])
+    return f"sha256:{digest.hexdigest()}"
+
+
+def update(digest: Any, name: str, tensor: Tensor) -> None:
+    """Feed a tensor's name, dtype, shape and bytes to a hash."""
+    digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    digest.update(tensor_bytes(tensor))
+
+
+def _entry(layer: LayerFactors) -> list[Any]:
+    spec = layer.spec
+    alpha = int(layer.alpha) if float(layer.alpha).is_integer() else layer.alpha
+    entry = [layer.rank, alpha, list(spec.shape), spec.groups, int(spec.transposed), list(layer.aliases)]
+    defaults: tuple[Any, ...] = ([], 0, 1)
+    for default in defaults:
+        if entry[-1] != default:
+            break
+        entry.pop()
+    return entry
+
+
+def layers_to_json(layers: Mapping[str, LayerFactors]) -> str:
+    """JSON `{path: [rank, alpha, weight shape, groups, transposed, [alias paths]]}`, trailing defaults left out."""
+    return json.dumps({path: _entry(layer) for path, layer in layers.items()}, separators=(",", ":"))
+
+
+def layers_from_json(text: str) -> dict[str, LayerFactors]:
+    """The layers that `describe` wrote, without tensors.
+
+    Raises:
+        ConvLoRAError, LookupError, TypeError, ValueError, AttributeError, RecursionError: it did not write this.
+    """
+    entries: dict[str, list[Any]] = parse_json(text)
+    layers = {}
+    for path, entry in entries.items():
+        defaults: list[Any] = [1, 0, []]
+        rank, alpha, shape, groups, transposed, aliases = [*entry, *defaults[len(entry) - 3 :]]
+        if type(shape) is not list or type(aliases) is not list or transposed not in (0, 1):
+            raise ValueError(f"layer {path!r} is described by {entry!r}")
+        spec = WeightSpec(tuple(shape), groups, bool(transposed))
+        layers[path] = LayerFactors({}, spec, rank, alpha, tuple(map(str, aliases)))
+    return layers
+
+
+def _layers(text: str, tensors: Mapping[str, Tensor]) -> dict[str, LayerFactors]:
+    layers = layers_from_json(text)
+    own: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
+    orphans = []
+    for full, tensor in tensors.items():
+        path, _, name = full.rpartition(".")
+        if path in own:
+            own[path][name] = tensor
+        else:
+            orphans.append(full)
+    if orphans:
+        raise ConvLoRAError(f"unexpected: {', '.join(sorted(orphans))}")
+    return {path: replace(layer, tensors=own[path]) for path, layer in layers.items()}

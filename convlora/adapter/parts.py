@@ -1,0 +1,110 @@
+"""What an adapter consists of, as plain data, and what follows from it for one layer."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from convlora.config import AdapterConfig, is_number
+from convlora.errors import ConvLoRAError, Problems
+from convlora.factors.base import WeightSpec, get_factors
+from convlora.factors.fuse import is_finite
+from convlora.support.safetensors import tensor_bytes
+
+BIAS_DELTA = "lora_bias"
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """The factors of one layer.
+
+    Args:
+        tensors: tensor name (`lora_A`, `lora_B`, …) -> values; `lora_bias` `(out,)` where a bias delta was trained.
+        spec: the weight that they update.
+        rank: number of rank components.
+        alpha: numerator of the scale.
+        aliases: further paths of the same module, for a module that the model holds at several places.
+    """
+
+    tensors: Mapping[str, Tensor]
+    spec: WeightSpec
+    rank: int
+    alpha: float
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterParts:
+    """The data of an `Adapter`, checked; for its arguments see there. What works on it gives the class it was given."""
+
+    config: AdapterConfig
+    layers: Mapping[str, LayerFactors]
+    fingerprint: str | None = None
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        factorization = get_factors(self.config.factors)
+        if not self.layers:
+            raise ConvLoRAError("Adapter: it has no layer")
+        if self.config.init not in factorization.inits:
+            raise ConvLoRAError(f"Adapter: {self.config.factors!r} has no init {self.config.init!r}")
+        for path, layer in self.layers.items():
+            if type(layer.rank) is not int or layer.rank < 1 or not is_number(layer.alpha):
+                raise ConvLoRAError(f"Adapter: {path!r} has rank {layer.rank!r}, alpha {layer.alpha!r}")
+            shapes = factorization.shapes(layer.spec, layer.rank)
+            problems.missing += [tensor_key(path, name) for name in shapes if name not in layer.tensors]
+            for name, tensor in layer.tensors.items():
+                shape = (layer.spec.out_channels,) if name == BIAS_DELTA else shapes.get(name)
+                if shape is None:
+                    problems.unexpected.append(tensor_key(path, name))
+                elif tuple(tensor.shape) != shape:
+                    problems.mismatched.append(f"{tensor_key(path, name)} {tuple(tensor.shape)} instead of {shape}")
+                elif not tensor.is_floating_point():
+                    problems.mismatched.append(f"{tensor_key(path, name)} {tensor.dtype} instead of floating point")
+                elif not is_finite(tensor.to(torch.float32)):
+                    problems.non_finite.append(tensor_key(path, name))
+        problems.raise_if_any("Adapter")
+
+
+def layer_delta(config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False) -> Tensor:
+    """ΔW of a layer with its scale and a strength, in the computation and the order of an adapted layer."""
+    factors = {name: t.double() if exact else at_least_float32(t) for name, t in layer.tensors.items()}
+    delta = layer.spec.from_convolution(get_factors(config.factors).delta(factors, layer.spec))
+    return delta * (strength * config.scale(layer.rank, layer.alpha))
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """float32, or float64 as it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+
+
+def tensor_key(path: str, name: str) -> str:
+    """`<layer path>.<name>`; the model itself has the empty path.
+
+    Example:
+        >>> tensor_key("body.0", "lora_A"), tensor_key("", "weight")
+        ('body.0.lora_A', 'weight')
+    """
+    return f"{path}.{name}" if path else name
+
+
+def base_fingerprint(weights: Mapping[str, Tensor]) -> str | None:
+    """SHA-256 over name, dtype, shape and CRC-32 of the base weight of each layer path; None while one has no values.
+
+    It tells bases apart, which needs no cryptography: CRC-32 takes a fraction of the time, and one changed element of
+    up to 32 bits always changes it.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(weights):
+        weight = weights[path]
+        if weight.is_meta:
+            return None
+        crc = zlib.crc32(tensor_bytes(weight))
+        digest.update(f"{tensor_key(path, 'weight')}|{weight.dtype}|{tuple(weight.shape)}|{crc}\n".encode())
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,174 @@
+"""The factorizations: factor shapes for a weight, how factors start, how they form ΔW.
+
+Everything else in the library is independent of the factorization: it asks a `Factorization`, found by name.
+A factorization sees every weight as a convolution's, `(out, in/groups, *kernel)`; a `Linear` has no kernel
+dimensions, and the other memory order of transposed convolutions is dealt with by `WeightSpec`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from convlora.errors import ConvLoRAError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """The shape of a layer's weight and how to read it.
+
+    Args:
+        shape: as the layer stores it: `(out, in/groups, *kernel)`, transposed convolutions `(in, out/groups, *kernel)`.
+        groups: channel groups.
+        transposed: a transposed convolution.
+
+    Example:
+        >>> spec = WeightSpec((8, 3, 5, 5), groups=2, transposed=True)  # ConvTranspose2d(8, 6, 5, groups=2)
+        >>> spec.out_channels, spec.in_channels, spec.kernel
+        (6, 8, (5, 5))
+    """
+
+    shape: Shape
+    groups: int = 1
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (*self.shape, self.groups)
+        known = 2 <= len(self.shape) <= 5 and all(type(n) is int and 0 < n < 2**31 for n in sizes)
+        if not known or self.shape[0] % self.groups:
+            raise ConvLoRAError(f"WeightSpec: no weight has shape {self.shape} with groups={self.groups}")
+
+    @property
+    def out_channels(self) -> int:
+        return self.shape[1] * self.groups if self.transposed else self.shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        return self.shape[0] if self.transposed else self.shape[1] * self.groups
+
+    @property
+    def kernel(self) -> Shape:
+        return self.shape[2:]
+
+    def from_convolution(self, delta: Tensor) -> Tensor:
+        """An update in convolution order, `(out, in/groups, *kernel)`, in the order of the layer's weight."""
+        if not self.transposed:
+            return delta.view(self.shape)
+        out, inner = self.out_channels // self.groups, self.in_channels // self.groups
+        grouped = delta.view(self.groups, out, inner, *self.kernel)
+        return grouped.transpose(1, 2).reshape(self.shape)
+
+    def to_convolution(self, delta: Tensor) -> Tensor:
+        """An update in the order of the layer's weight in convolution order: the inverse of `from_convolution`."""
+        if not self.transposed:
+            return delta
+        out, inner = self.out_channels // self.groups, self.in_channels // self.groups
+        grouped = delta.reshape(self.groups, inner, out, *self.kernel)
+        return grouped.transpose(1, 2).reshape(self.out_channels, inner, *self.kernel)
+
+
+@runtime_checkable
+class Factorization(Protocol):
+    """A way to write ΔW with few numbers. Stateless; register an instance or a class with `register_factors`.
+
+    Example:
+        >>> import torch, convlora
+        >>> class Diagonal:                       # one gain per output channel and input channel: rank one
+        ...     inits = ("default",)
+        ...     def shapes(self, spec, rank):
+        ...         return {"gain": (spec.shape[0], rank), "mix": (rank, math.prod(spec.shape[1:]))}
+        ...     def init_(self, factors, method):
+        ...         torch.nn.init.normal_(factors["mix"]); torch.nn.init.zeros_(factors["gain"])
+        ...     def delta(self, factors, spec):
+        ...         return factors["gain"] @ factors["mix"]
+        ...     def drop(self, factors, keep):
+        ...         return {**factors, "gain": factors["gain"] * keep}
+        >>> register_factors("doc-diagonal", Diagonal)
+        >>> _ = convlora.inject(torch.nn.Conv2d(3, 8, 3), targets="*", rank=1, factors="doc-diagonal")
+    """
+
+    inits: tuple[str, ...]
+
+    def shapes(self, spec: WeightSpec, rank: int) -> dict[str, Shape]:
+        """Tensor name -> shape. The names are the tensor names in files."""
+
+    def init_(self, factors: Mapping[str, Tensor], method: str) -> None:
+        """Fill the factors in place so that ΔW = 0. `method` is one of `inits`."""
+
+    def delta(self, factors: Mapping[str, Tensor], spec: WeightSpec) -> Tensor:
+        """ΔW, unscaled, with the elements of `(out, in/groups, *kernel)` in that order."""
+
+    def drop(self, factors: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+        """The factors with rank component i multiplied by `keep[i]`; `keep` is `(rank,)`."""
+
+
+_REGISTRY: dict[str, Factorization] = {}  # the shipped ones are registered by the package
+
+# A factor's tensor becomes a parameter of the module that holds the factors: these names it has already.
+_RESERVED = frozenset(dir(nn.Module())) | {
+    "alpha", "config", "configure", "copy_", "factorization", "factors", "in_float64", "lora_bias", "rank",
+    "reset_parameters", "scale", "set_strength", "spec", "strength",
+}  # fmt: skip
+
+
+def register_factors(name: str, factorization: Factorization | type[Factorization]) -> None:
+    """Make a factorization available as `factors=name`. See `Factorization` for what it needs.
+
+    Raises:
+        ConvLoRAError: the name is taken, or a trial on a small weight fails; nothing is registered then.
+
+    Example:
+        >>> from convlora.factors.locon import LoConFactors
+        >>> register_factors("doc-locon-too", LoConFactors)
+        >>> "doc-locon-too" in known_factors()
+        True
+    """
+    if not isinstance(name, str) or not name:
+        raise ConvLoRAError(f"register_factors: name (={name!r}) must be a non-empty string")
+    if name in _REGISTRY:
+        raise ConvLoRAError(f"register_factors: {name!r} is taken; choose another name")
+    try:
+        candidate = factorization() if isinstance(factorization, type) else factorization
+        if not isinstance(candidate, Factorization):
+            raise ConvLoRAError(f"register_factors: {name!r} needs inits, shapes, init_, delta and drop")
+        _try_out(name, candidate)
+    except ConvLoRAError:
+        raise
+    except Exception as error:
+        raise ConvLoRAError(f"register_factors: {name!r} fails on a small weight ({error!r})") from error
+    _REGISTRY[name] = candidate
+
+
+def _try_out(name: str, candidate: Factorization) -> None:
+    spec = WeightSpec((4, 2, 3, 3), groups=2)
+    shapes = candidate.shapes(spec, 2)
+    if not shapes or any("." in tensor or tensor.startswith("_") or tensor in _RESERVED for tensor in shapes):
+        raise ConvLoRAError(f"register_factors: {name!r} has unusable tensor names {sorted(shapes)}")
+    if "default" not in candidate.inits:
+        raise ConvLoRAError(f"register_factors: {name!r} needs an init named 'default', it has {candidate.inits!r}")
+    factors = {tensor: torch.full(shape, torch.nan) for tensor, shape in shapes.items()}
+    candidate.init_(factors, "default")
+    delta = candidate.delta(candidate.drop(factors, torch.ones(2)), spec)
+    if delta.numel() != math.prod(spec.shape) or bool(delta.ne(0).any()):
+        raise ConvLoRAError(f"register_factors: {name!r} does not start at ΔW = 0 of {math.prod(spec.shape)} elements")
+
+
+def known_factors() -> list[str]:
+    """The names that `factors=` takes."""
+    return sorted(_REGISTRY)
+
+
+def get_factors(name: str) -> Factorization:
+    """The factorization registered under a name."""
+    try:
+        return _REGISTRY[name]
+    except KeyError:
+        known = ", ".join(known_factors())
+        raise ConvLoRAError(f"factors: {name!r} is not registered; known: {known}") from None

@@ -1,0 +1,250 @@
+"""Looking at an injected model: `summary` counts, `audit` tries it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convlora.inspect.flow import DataFlow, leaves_with_gradient, nested_leaves
+from convlora.inspect.restored import restored
+from convlora.layer.adapted import peek_base_tensor, slot_of, watching_reads
+from convlora.model.switch import activate, disabled
+from convlora.model.traversal import adapted_layers, adapter_slots, refuse_sharded, require_adapters, unwrap_model
+from convlora.support.table import text_table
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One adapter on one layer. `share` is of the layer's own weight and bias."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    adapter: str
+    factors: str
+    rank: int
+    parameters: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary` found; prints as a table.
+
+    Args:
+        layers: one entry per layer and adapter.
+        trainable: parameters that require gradients: those of the adapters, and what was unfrozen after `inject`.
+        base: parameters of the model without adapters.
+        total: all parameters of the model, adapters included.
+    """
+
+    layers: list[LayerSummary]
+    trainable: int
+    base: int
+    total: int
+
+    def __str__(self) -> str:
+        columns = ["layer", "type", "shape", "adapter", "factors", "rank", "parameters", "share"]
+        rows = [
+            [e.name, e.type, "×".join(map(str, e.shape)), e.adapter, e.factors, str(e.rank), f"{e.parameters:,}",
+             f"{e.share:.1%}"]
+            for e in self.layers
+        ]  # fmt: skip
+        share = f" ({self.trainable / self.base:.2%} of the base)" if self.base else ""
+        foot = f"{self.trainable:,} of {self.total:,} parameters train{share}"
+        return f"{text_table(columns, rows, right=3)}\n{foot}"
+
+
+def summary(model: nn.Module) -> Summary:
+    """Per layer and adapter: type, weight shape, factorization, rank, parameters and their share of the layer's.
+
+    Works on a plain model, too: then `layers` is empty.
+
+    Example:
+        >>> from convlora import inject
+        >>> report = summary(inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=2))
+        >>> report.trainable, report.base, report.total
+        (198, 224, 422)
+    """
+    root = unwrap_model(model, "summary")
+    entries = []
+    factor_ids: set[int] = set()
+    for path, layer in adapted_layers(root).items():
+        own = sum(
+            t.numel() for t in (peek_base_tensor(layer, "weight"), peek_base_tensor(layer, "bias")) if t is not None
+        )
+        for name in slot_of(layer).names():
+            low_rank = slot_of(layer).low_rank(name)
+            count = sum(p.numel() for p in low_rank.parameters())
+            factor_ids |= {id(p) for p in low_rank.parameters()}
+            base = getattr(type(layer), "_convlora_base").__name__  # noqa: B009, mypy knows no such attribute
+            entries.append(
+                LayerSummary(
+                    path, base, low_rank.spec.shape, name, low_rank.config.factors, low_rank.rank, count, count / own
+                )
+            )
+    base_count = sum(p.numel() for p in root.parameters() if id(p) not in factor_ids)
+    total = sum(p.numel() for p in root.parameters())
+    return Summary(entries, sum(p.numel() for p in root.parameters() if p.requires_grad), base_count, total)
+
+
+@dataclass(frozen=True)
+class LayerAudit:
+    """How one adapted layer fares.
+
+    Args:
+        read_in_train: the model reads the layer's weight in train mode.
+        read_in_eval: … in eval mode.
+        acts_in_train: what the model returns in train mode depends on the weight.
+        acts_in_eval: … in eval mode.
+        overwritten: the model itself writes the base weight while it runs (re-parameterised nets).
+        trains: a loss of what the model returns in train mode gives the adapter a gradient; None if that cannot be
+            told (inference tensors, reentrant checkpointing).
+    """
+
+    name: str
+    read_in_train: bool
+    read_in_eval: bool
+    acts_in_train: bool
+    acts_in_eval: bool
+    overwritten: bool
+    trains: bool | None
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, in a few words; None if nothing."""
+        if self.overwritten:
+            return "base weight overwritten by the model: exclude it"
+        if not (self.read_in_train or self.read_in_eval):
+            return "never read: the adapter has no effect"
+        if not (self.acts_in_train or self.acts_in_eval):
+            return "read, but no output depends on it: the adapter has no effect"
+        if self.read_in_train != self.read_in_eval:
+            return f"read only in {'train' if self.read_in_train else 'eval'} mode: the modes disagree"
+        if self.acts_in_train != self.acts_in_eval:
+            return f"acts only in {'train' if self.acts_in_train else 'eval'} mode: the modes disagree"
+        if self.trains is False:
+            return "no gradient reaches it: the adapter cannot be trained"
+        return None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `audit` found; prints as a table. `problems`: layer name -> what is wrong."""
+
+    layers: list[LayerAudit]
+
+    @property
+    def problems(self) -> dict[str, str]:
+        return {layer.name: layer.problem for layer in self.layers if layer.problem}
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        if self.ok:
+            return f"all {len(self.layers)} adapted layers act in train and eval mode, none is overwritten"
+        rows = [[name, problem] for name, problem in self.problems.items()]
+        foot = f"{len(rows)} of {len(self.layers)} adapted layers have a problem"
+        return f"{text_table(['layer', 'problem'], rows)}\n{foot}"
+
+
+def audit(model: nn.Module, *inputs: Any, **named: Any) -> Audit:
+    """Run `model(*inputs, **named)` in train and in eval mode and see what becomes of each adapter.
+
+    Finds layers whose weight is never read (the forward bypasses them); is read, but no output depends on it (for its
+    dtype alone, or the result is dropped); acts in one mode only; gets no gradient; or is overwritten by the model
+    itself, as `eval_conv` of SPAN's re-parameterised convolutions is at every eval forward. Leaves the model as it
+    was. Takes the memory of a training step's forward.
+
+    Raises:
+        ConvLoRAError: the model has no adapters, or is sharded (FSDP). Errors of the model's forward pass through.
+
+    Example:
+        >>> from convlora import inject
+        >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
+        >>> audit(model, torch.zeros(1, 3, 8, 8)).ok
+        True
+    """
+    root = require_adapters(model, "audit")
+    refuse_sharded(root, "audit")
+    layers = adapted_layers(root)
+    found: dict[bool, _Run] = {}
+    overwritten: set[int] = set()
+    every = {name: 1.0 for slot in adapter_slots(root) for name in slot.names()}
+    with (
+        torch.random.fork_rng(enabled=True),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        restored(root),
+        disabled(root),
+    ):
+        for slot in adapter_slots(root):
+            slot.merged = False
+        for training in (True, False):
+            root.train(training)
+            activate(root, [])  # adapters off: the layer hands out its own Parameter, so a write reaches it
+            before = {id(layer): _mark(layer) for layer in layers.values()}
+            with DataFlow() as flow:
+                root(*inputs, **named)
+            activate(root, every)
+            for layer in layers.values():
+                weight = layer._parameters.get("weight")
+                if _mark(layer) != before[id(layer)] or (weight is not None and flow.wrote_to(weight)):
+                    overwritten.add(id(layer))
+                    slot_of(layer).activate({})  # what the model writes there passes on what the others do
+            found[training] = _run(root, inputs, named, training)
+    train, evaluation = found[True], found[False]
+    return Audit(
+        [
+            LayerAudit(
+                path,
+                read_in_train=id(layer) in train.read,
+                read_in_eval=id(layer) in evaluation.read,
+                acts_in_train=id(layer) in train.acts,
+                acts_in_eval=id(layer) in evaluation.acts,
+                overwritten=id(layer) in overwritten,
+                trains=_trains(layer, train.trained),
+            )
+            for path, layer in layers.items()
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The ids of the layers whose weight was read, of those that act, and of the tensors that would get a gradient."""
+
+    read: set[int]
+    acts: set[int]
+    trained: set[int] | None
+
+
+def _run(root: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], training: bool) -> _Run:
+    held = [leaf for leaf in nested_leaves((root, inputs, named)) if isinstance(leaf, Tensor)]
+    differentiable = not torch.is_inference_mode_enabled() and not any(t.is_inference() for t in held)
+    read: set[int] = set()
+
+    def on_read(layer: nn.Module, weight: Tensor) -> None:
+        read.add(id(layer))
+        flow.mark(weight, id(layer))
+
+    with torch.set_grad_enabled(training and differentiable), watching_reads(on_read), DataFlow(held) as flow:
+        output = root(*inputs, **named)
+    return _Run(read, flow.marks_of(output), leaves_with_gradient(output) if training and differentiable else None)
+
+
+def _trains(layer: nn.Module, trained: set[int] | None) -> bool | None:
+    factors = [p for p in slot_of(layer).parameters() if p.requires_grad]
+    return None if trained is None or not factors else any(id(p) in trained for p in factors)
+
+
+def _mark(layer: nn.Module) -> tuple[int, int, int]:
+    weight = layer._parameters.get("weight")
+    if weight is None:  # computed at every read; what it is computed from is no base weight
+        return 0, 0, 0
+    return id(weight), weight.data_ptr(), -1 if weight.is_inference() else weight._version

@@ -1,0 +1,271 @@
+"""One layer becomes an adapted layer, and back.
+
+The layer's class changes to a cached subclass of its own class in which `weight` and `bias` are properties
+that read as the effective weight, `W + Σ ΔW`. The layer's `__dict__` stays as it was, but for one child module
+that holds the adapters. So base keys, `isinstance`, user subclasses with their own forward and code that reads
+`.weight` all keep working, and taking the child away restores the layer exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from convlora.errors import ConvLoRAError
+from convlora.factors.base import WeightSpec
+from convlora.layer.forms import training_form_of
+from convlora.layer.lowrank import LowRank
+from convlora.layer.sharded import is_managed, is_shard_root, is_sharded
+from convlora.layer.slot import Slot
+
+CHILD = "convlora"  # the child module's name, so `<layer>.convlora.<adapter>.lora_A` in a full checkpoint
+
+_BASES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+_STOCK = {base.forward for base in _BASES}
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+# --- what can be adapted -----------------------------------------------------------------------------------------
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why a module cannot be adapted; None if it can."""
+    if not isinstance(layer, _BASES):
+        return f"{type(layer).__name__} is no convolution or Linear"
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return f"{type(layer).__name__} has no shape yet (run one batch through the model first)"
+    try:
+        weight = peek_base_tensor(layer, "weight")
+    except Exception as error:
+        return f"its weight cannot be read ({error})"
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
+        return f"its weight is {getattr(weight, 'dtype', type(weight).__name__)}, not floating point"
+    if tuple(weight.shape) != _declared_shape(layer):
+        return f"its weight has shape {tuple(weight.shape)}, its attributes say {_declared_shape(layer)}"
+    if not isinstance(layer, Adapted) and (CHILD in layer.__dict__ or CHILD in layer._modules):
+        return f"it has an attribute named {CHILD!r}"
+    return None
+
+
+def _declared_shape(layer: Any) -> tuple[int, ...]:
+    if isinstance(layer, nn.Linear):
+        return int(layer.out_features), int(layer.in_features)
+    pair = (layer.out_channels, layer.in_channels)
+    first, second = reversed(pair) if isinstance(layer, _TRANSPOSED) else pair
+    return int(first), int(second // layer.groups), *map(int, layer.kernel_size)
+
+
+def weight_spec(layer: Any) -> WeightSpec:
+    """The shape of a layer's weight and how to read it."""
+    return WeightSpec(_declared_shape(layer), int(getattr(layer, "groups", 1)), isinstance(layer, _TRANSPOSED))
+
+
+# --- the adapted layer -------------------------------------------------------------------------------------------
+
+_on_read: Callable[[nn.Module, Tensor], None] | None = None
+
+
+@contextlib.contextmanager
+def watching_reads(on_read: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Inside the block, call `on_read(layer, weight)` whenever the effective weight of an adapted layer is read."""
+    global _on_read
+    before, _on_read = _on_read, on_read
+    try:
+        yield
+    finally:
+        _on_read = before
+
+
+class Adapted(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
+    """What every adapted layer is an instance of, behind its own class."""
+
+    __slots__ = ()
+    _convlora_base: type[nn.Module]
+
+
+def _reduce_ex(self: Any, protocol: Any) -> Any:
+    """Pickle and copy: the class is made at run time, so name its base."""
+    reduced = self._convlora_base.__reduce_ex__(self, max(int(protocol), 2))
+    if not isinstance(reduced, tuple):
+        return reduced
+    rebuild, args, *state = reduced
+    if rebuild is copyreg.__newobj__:  # type: ignore[attr-defined]
+        return _rebuild, (self._convlora_base, *args[1:]), *state
+    return _rebuild_by, (self._convlora_base, rebuild, *args), *state  # the class has a way of its own
+
+
+def _reset_parameters(self: Any) -> None:
+    """Reset the base layer: its own method writes to `weight`, which is a temporary while an adapter acts."""
+    slot = slot_of(self)
+    active, slot.active = slot.active, ()
+    try:
+        self._convlora_base.reset_parameters(self)
+    finally:
+        slot.active = active
+
+
+class _MissingError(AttributeError):
+    """The base has no such attribute (now), so `hasattr` is to say no."""
+
+
+def _property(kind: str) -> property:
+    def read(self: Any) -> Any:
+        try:
+            base = base_tensor(self, kind)
+            if base is None or is_sharded(base):  # sharded: whole only inside FSDP2's forward
+                return base
+            value = slot_of(self).effective(base, kind)
+            if _on_read is not None and kind == "weight":
+                _on_read(self, value)
+            return value
+        except _MissingError:
+            raise
+        except AttributeError as error:
+            # nn.Module.__getattr__ would swallow it and return the base weight.
+            raise RuntimeError(f"{type(self).__name__}.{kind} cannot be formed: {error}") from error
+        except RuntimeError as error:
+            if is_managed(self):  # FSDP1, which sets the parameters of a module by other ways than its attributes
+                message = "under FSDP the effective weight cannot be formed; shard by fully_shard (FSDP2)"
+                raise ConvLoRAError(f"{type(self).__name__}.{kind}: {message}") from error
+            raise
+
+    def write(self: Any, value: Any) -> None:
+        own = getattr(self._convlora_base, kind, None)
+        if isinstance(own, property):
+            own.__set__(self, value)
+        else:
+            self.__dict__[kind] = value
+
+    def delete(self: Any) -> None:
+        del self.__dict__[kind]
+
+    return property(read, write, delete, f"The effective {kind}: the base's with the active adapters.")
+
+
+def base_tensor(layer: nn.Module, kind: str) -> Any:
+    """The weight or bias without adapters: a Parameter, or what the layer computes (weight or spectral norm)."""
+    if kind in layer._parameters:
+        return layer._parameters[kind]
+    if kind in layer.__dict__:
+        return layer.__dict__[kind]
+    own = getattr(getattr(layer, "_convlora_base", type(layer)), kind, None)
+    if isinstance(own, property):
+        return own.__get__(layer)
+    raise _MissingError(f"{type(layer).__name__} has no {kind}")
+
+
+@contextlib.contextmanager
+def without_side_effects(layer: nn.Module) -> Iterator[None]:
+    """Look at a layer's weight without effects: in train mode, reading a spectrally normed one moves its buffers."""
+    modes = [] if "weight" in layer._parameters else [(module, module.training) for module in layer.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def peek_base_tensor(layer: nn.Module, kind: str) -> Any:
+    """The weight or bias without adapters, looked at without effects."""
+    with without_side_effects(layer):
+        return base_tensor(layer, kind)
+
+
+def slot_of(layer: Any) -> Slot:
+    return layer._modules[CHILD]  # type: ignore[no-any-return]
+
+
+def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The adapted subclass of a layer class, made once and kept in the class itself, so both die together."""
+    made = base.__dict__.get("_convlora_adapted")
+    if made is None:
+        body: dict[str, Any] = {
+            "__module__": base.__module__,  # fx takes a module for a leaf if its class comes from torch.nn
+            "__doc__": base.__doc__,
+            "__new__": _new,
+            "__reduce_ex__": _reduce_ex,
+            "reset_parameters": _reset_parameters,
+            "weight": _property("weight"),
+            "bias": _property("bias"),
+            "_convlora_base": base,
+        }
+        if base.forward in _STOCK:
+            body["forward"] = _forward(base)
+        made = type(base)(  # type: ignore[misc]
+            f"Adapted{base.__name__}", (base, Adapted), body
+        )  # base first: it decides the memory layout
+        base._convlora_adapted = made  # type: ignore[attr-defined]
+    return made  # type: ignore[no-any-return]
+
+
+def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
+    """A stock layer's forward: in training a form of equal values that is faster, and each sample's own adapter."""
+    plain, form = base.forward, training_form_of(base)
+
+    def forward(self: Any, input: Tensor, *more: Any) -> Any:
+        slot = slot_of(self)
+        if slot.choices and not torch.compiler.is_compiling() and (rows := slot.sample_rows()) is not None:
+            least_dims = 2 if isinstance(self, nn.Linear) else len(self.kernel_size) + 2
+            return slot.by_rows(rows, lambda part: plain(self, part, *more), input, least_dims)
+        if form is not None and torch.is_grad_enabled() and _on_read is None and not torch.compiler.is_compiling():
+            output = form(self, slot, input)
+            if output is not None:
+                return output
+        return plain(self, input, *more)
+
+    return functools.wraps(plain)(forward)
+
+
+def _new(kind: Any, *args: Any, **keywords: Any) -> nn.Module:
+    """`type(layer)(3, 8, 1)`, in code that makes layers of the same sort, gives a stock layer: it has no adapter."""
+    if args or keywords:
+        return kind._convlora_base(*args, **keywords)  # type: ignore[no-any-return]
+    return kind._convlora_base.__new__(kind)  # type: ignore[no-any-return]
+
+
+def _rebuild(base: type[nn.Module], *args: Any) -> nn.Module:
+    return base.__new__(adapted_class(base), *args)
+
+
+def _rebuild_by(base: type[nn.Module], rebuild: Any, *args: Any) -> nn.Module:
+    layer: nn.Module = rebuild(*args)
+    if type(layer) is base:
+        layer.__class__ = adapted_class(base)
+        layer._modules.setdefault(CHILD, Slot())  # until the state brings the real one
+    return layer
+
+
+def is_stacked(layer: nn.Module) -> bool:
+    """Whether something (a parametrization) has put a class of its own on top of the adapted one."""
+    kind = type(layer).__bases__[1] if is_shard_root(type(layer)) else type(layer)
+    return isinstance(layer, Adapted) and "_convlora_base" not in kind.__dict__
+
+
+def adapt(layer: nn.Module, name: str, low_rank: LowRank) -> None:
+    """Put an adapter on a layer, acting at strength 1."""
+    if not isinstance(layer, Adapted):
+        layer._modules[CHILD] = Slot().train(layer.training)
+        layer.__class__ = adapted_class(type(layer))
+    slot = slot_of(layer)
+    slot._modules[name] = low_rank.train(layer.training)
+    slot.active = (*slot.active, name)
+    slot._fused.clear()
+
+
+def release(layer: nn.Module, name: str) -> None:
+    """Take an adapter from a layer; with the last one the layer is what it was."""
+    slot = slot_of(layer)
+    del slot._modules[name]
+    slot.active = tuple(other for other in slot.active if other != name)
+    slot._fused.clear()
+    if not slot._modules:
+        del layer._modules[CHILD]
+        layer.__class__ = layer._convlora_base  # type: ignore[assignment]

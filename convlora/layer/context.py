@@ -1,0 +1,67 @@
+"""What one caller, a thread or an asyncio task, computes with: the adapters that `using` and `per_sample` choose."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import NamedTuple, Protocol
+
+from convlora.errors import ConvLoRAError
+from convlora.layer.rows import SampleRows
+
+COMPILED = "using: a compiled model computes with what activate says; call the model that is not compiled"
+
+
+class Chosen(Protocol):
+    """What callers choose for: the slot of a layer."""
+
+    choices: int  # how many of them have
+
+
+class Choice(NamedTuple):
+    """What acts for a caller: adapters by strength, or those of the samples in a batch."""
+
+    strengths: Mapping[str, float]
+    rows: SampleRows | None = None
+
+
+# The slots of all models that the caller has chosen for. A slot counts its choices by all callers: without one, which
+# is the rule, it asks nothing.
+_choices: ContextVar[Mapping[Chosen, Choice] | None] = ContextVar("convlora_choices", default=None)
+_counting = threading.Lock()
+
+
+@contextlib.contextmanager
+def choosing(slots: Sequence[Chosen], choice: Choice) -> Iterator[None]:
+    """Inside the block this caller, and what it starts, computes with the choice in these slots."""
+    _count(slots, 1)
+    token = _choices.set({**(_choices.get() or {}), **dict.fromkeys(slots, choice)})
+    try:
+        yield
+    finally:
+        _choices.reset(token)
+        _count(slots, -1)
+
+
+def _count(slots: Sequence[Chosen], step: int) -> None:
+    with _counting:
+        for slot in slots:
+            slot.choices += step
+
+
+def chosen(slot: Chosen) -> Choice | None:
+    """What the caller has chosen for a slot, if it has."""
+    choices = _choices.get()
+    return None if choices is None else choices.get(slot)
+
+
+def refuse_choice_in_graph() -> None:
+    """A compiled graph has the adapters that were active when it was made: it cannot follow each caller's choice.
+
+    Raises:
+        ConvLoRAError: a graph is being made, or made again, for a caller with a choice.
+    """
+    if _choices.get() is not None:
+        raise ConvLoRAError(COMPILED)

@@ -1,0 +1,185 @@
+"""`LowRank`: the factors of one adapter on one layer, as a module."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convlora.config import AdapterConfig
+from convlora.factors.base import Factorization, WeightSpec, get_factors
+from convlora.layer.sharded import sharded_like
+
+
+class LowRank(nn.Module):
+    """The factors of one adapter on one layer; calling it gives the scaled update of `weight` or `bias`."""
+
+    _gain: Tensor
+    _bias_gain: Tensor | None
+    lora_bias: Tensor | None
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        spec: WeightSpec,
+        *,
+        rank: int,
+        alpha: float,
+        device: torch.device,
+        factors: Mapping[str, Tensor] | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.spec, self.rank, self.alpha = config, spec, rank, alpha
+        self.strength = 1.0
+        self._has_bias = bias  # a plain attribute: asked at every read of a bias
+        given = factors or {}
+        self._tensors = tuple(self.factorization.shapes(spec, rank))
+        for name, shape in self.factorization.shapes(spec, rank).items():
+            self._parameters[name] = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+        self._parameters["lora_bias"] = (
+            nn.Parameter(torch.zeros(spec.out_channels, dtype=torch.float32, device=device)) if bias else None
+        )
+        # Compiled models take the scale as a tensor, so that neither another strength nor another alpha recompiles.
+        gain = torch.empty((), dtype=torch.float32, device=device)
+        self.register_buffer("_gain", gain, persistent=False)
+        self.register_buffer("_bias_gain", gain.clone() if bias else None, persistent=False)
+        if given:
+            self.copy_(given)
+        elif device.type != "meta":
+            self.reset_parameters()
+        self.set_strength(1.0)
+
+    @property
+    def factorization(self) -> Factorization:
+        return get_factors(self.config.factors)
+
+    @property
+    def scale(self) -> float:
+        return self.config.scale(self.rank, self.alpha)
+
+    def factors(self) -> dict[str, Tensor]:
+        """Tensor name -> parameter, `lora_bias` included where there is one."""
+        return {name: p for name, p in self._parameters.items() if p is not None}
+
+    def reset_parameters(self) -> None:
+        """Start again from ΔW = 0."""
+        with torch.no_grad():
+            self.factorization.init_({name: self._parameters[name] for name in self._tensors}, self.config.init)  # type: ignore[misc]
+            if self.lora_bias is not None:
+                self.lora_bias.zero_()
+
+    def copy_(self, factors: Mapping[str, Tensor]) -> None:
+        """Take the values of other factors of the same shapes, in place."""
+        with torch.no_grad():
+            for name, parameter in self.factors().items():
+                parameter.copy_(sharded_like(factors[name], parameter))
+
+    def configure(self, config: AdapterConfig, alpha: float) -> None:
+        """Become the adapter of another file with the same shapes."""
+        self.config, self.alpha = config, alpha
+        self.set_strength(self.strength)
+
+    def set_strength(self, strength: float) -> None:
+        self.strength = strength
+        with torch.no_grad():
+            self._gain.fill_(strength * self.scale)
+            if self._bias_gain is not None:
+                self._bias_gain.fill_(strength)
+
+    def forward(self, kind: str = "weight", dropout: bool = True, strength: float | None = None) -> Tensor:
+        """The update at its strength, or at the one given."""
+        # A compiled graph takes strength and scale from tensors and reads no number that a hot swap changes.
+        as_tensor = strength is None and torch.compiler.is_compiling()
+        if strength is None and not as_tensor:
+            strength = self.strength
+        if kind == "bias":
+            assert self.lora_bias is not None
+            assert self._bias_gain is not None
+            return self.lora_bias * (self._bias_gain if strength is None else strength)
+        factors = {name: getattr(self, name) for name in self._tensors}  # no parameters in DataParallel's replicas
+        if self.training and dropout and (p := self.config.rank_dropout) > 0:
+            kept = torch.rand(self.rank, dtype=torch.float32, device=self._gain.device) >= p
+            keep = kept.to(self._gain.dtype) / (1 - p)
+            factors = self.factorization.drop(factors, keep)
+        # Eager ones take the number: a backward that comes after another `activate` must not find the tensor changed.
+        gain = self._gain if strength is None else strength * self.scale
+        return self.spec.from_convolution(self.factorization.delta(factors, self.spec)) * gain
+
+    def in_float64(self, kind: str) -> Tensor:
+        """The scaled update of `weight` or `bias`, computed in float64 and without dropout."""
+        wide = {name: p.double() for name, p in self.factors().items()}
+        if kind == "bias":
+            return wide["lora_bias"] * self.strength
+        return self.spec.from_convolution(self.factorization.delta(wide, self.spec)) * (self.strength * self.scale)
+
+    def _follow(self) -> None:
+        """Bring the scale to the device of the factors, which `load_state_dict(assign=True)` may have changed."""
+        device = getattr(self, self._tensors[0]).device
+        if self._gain.device != device:
+            self._gain = torch.empty_like(self._gain, device=device)
+            if self._bias_gain is not None:
+                self._bias_gain = torch.empty_like(self._bias_gain, device=device)
+            self.set_strength(self.strength)
+
+    def extra_repr(self) -> str:
+        return f"{self.config.factors}, rank={self.rank}, scale={self.scale:g}, strength={self.strength:g}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device, torch.float32) if moved.dtype.itemsize < 4 else moved
+
+        was_meta = self._gain.is_meta
+        super()._apply(at_least_float32, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self._gain.is_meta:  # memory without values: start as a new adapter does
+            self.reset_parameters()
+        self.set_strength(self.strength)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loading a base checkpoint passes over the adapter; a checkpoint with half an adapter is reported."""
+        own = [prefix + name for name in self.factors()]
+        passed_over = _loading.of(missing_keys).setdefault(self.config.name, ([], []))
+        found, absent = passed_over
+        if any(key in state_dict for key in own):
+            found.append(prefix)
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            self._follow()
+        else:
+            absent.extend(own)
+        if found:  # other layers of this adapter are in the checkpoint: then these should be, too
+            missing_keys.extend(absent)
+            absent.clear()
+
+
+class _Loading(threading.local):
+    """What the running `load_state_dict` call has found of each adapter.
+
+    A call is recognised by its `missing_keys` list, which every module it visits is handed.
+    """
+
+    missing_keys: list[str] | None = None
+    adapters: dict[str, tuple[list[str], list[str]]]
+
+    def of(self, missing_keys: list[str]) -> dict[str, tuple[list[str], list[str]]]:
+        if self.missing_keys is not missing_keys:
+            self.missing_keys, self.adapters = missing_keys, {}
+        return self.adapters
+
+
+_loading = _Loading()

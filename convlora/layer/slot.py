@@ -1,0 +1,295 @@
+"""`Slot`: the adapters of one layer, which of them act, and the fused weight while merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convlora.config import AdapterConfig
+from convlora.errors import ConvLoRAError
+from convlora.factors.fuse import fuse_weight, fuse_weight_exactly
+from convlora.layer.context import chosen, refuse_choice_in_graph
+from convlora.layer.lowrank import LowRank
+from convlora.layer.rows import SampleRows
+
+State = tuple[dict[str, float], bool, bool, "dict[str, float] | None"]
+Acting = list[tuple[LowRank, "float | None"]]  # adapters by strength; None: as a tensor, in a compiled graph
+
+MOST_KEPT = 32  # fused tensors of a slot; each choice of adapters and strengths that a caller makes has its own
+
+_row: ContextVar[tuple[Slot, str | None] | None] = ContextVar("convlora_row", default=None)  # whose rows are at hand
+
+
+class Slot(nn.Module):
+    """The adapters of one layer, which of them act, and the fused weight while merged.
+
+    Invariant: a fused tensor is used only while every tensor it was formed from is the same object at the same
+    version; otherwise it is formed again. It lives beside the base weight, which merging never touches.
+    """
+
+    choices = 0  # of callers, by `using` and `per_sample`
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        self.merged = False
+        self._exact = False
+        self._before_merge: dict[str, float] | None = None
+        self._fused: dict[str, _Fused | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_fused": {}}
+        state.pop("choices", None)  # are those of callers, who do not know the copy
+        return state
+
+    def low_rank(self, name: str) -> LowRank:
+        return self._modules[name]  # type: ignore[return-value]
+
+    def names(self) -> list[str]:
+        return list(self._modules)
+
+    def activate(self, strengths: Mapping[str, float]) -> None:
+        """Let the named adapters act, those that this layer has."""
+        self.active = tuple(name for name in self._modules if strengths.get(name))
+        for name in self.active:
+            if self.low_rank(name).strength != strengths[name]:  # a write could come between a forward and its backward
+                self.low_rank(name).set_strength(strengths[name])
+        self._before_merge = None
+        if self.merged or not self.active:
+            self._fused.clear()  # else what was kept is replaced by the next forward: to free it here takes time
+
+    def strengths(self) -> dict[str, float]:
+        return {name: self.low_rank(name).strength for name in self.active}
+
+    def merge(self, strengths: Mapping[str, float] | None, exact: bool) -> None:
+        """Use one fused weight, of the active adapters or of others until `unmerge`; `exact`: formed in float64."""
+        before = self.strengths() if self._before_merge is None else self._before_merge
+        self._fused.clear()
+        if strengths is not None:
+            self.activate(strengths)
+            self._before_merge = before
+        self.merged, self._exact = True, exact
+
+    def unmerge(self) -> None:
+        self.merged = self._exact = False
+        if self._before_merge is not None:
+            self.activate(self._before_merge)
+        self._fused.clear()
+
+    def state(self) -> State:
+        return self.strengths(), self.merged, self._exact, self._before_merge
+
+    def restore(self, state: State) -> None:
+        strengths, self.merged, self._exact, before = state
+        self._fused.clear()
+        self.activate(strengths)
+        self._before_merge = before
+
+    # --- what acts
+
+    def effective(self, base: Tensor, kind: str) -> Tensor:
+        """The base weight or bias with the adapters that act for the caller; `base` itself if none acts on it."""
+        if torch.compiler.is_compiling():
+            refuse_choice_in_graph()
+            return self._in_graph(base, kind)
+        if self.choices and (choice := chosen(self)) is not None:
+            strengths = choice.strengths if choice.rows is None else self._of_row()
+            acting = self._acting(strengths, kind)
+            return self._live(base, f"{kind} {strengths}", acting, kind) if acting else base
+        if self.merged:
+            return self._merged(base, kind)
+        acting = self._acting(self.strengths(), kind)
+        return self._live(base, kind, acting, kind) if acting else base
+
+    def _acting(self, strengths: Mapping[str, float], kind: str) -> Acting:
+        named = ((self.low_rank(name), strength) for name, strength in strengths.items() if name in self._modules)
+        return [(low_rank, s) for low_rank, s in named if s and (kind == "weight" or low_rank._has_bias)]
+
+    def only_acting(self) -> tuple[LowRank, float] | None:
+        """The one adapter that acts for the caller, live, and its strength; None if it is not one."""
+        if self.choices and (choice := chosen(self)) is not None:
+            acting = self._acting(choice.strengths, "weight")
+        elif self.merged or len(self.active) != 1:
+            return None
+        else:
+            self._fused.clear()  # kept while nothing trained
+            low_rank = self.low_rank(self.active[0])
+            return low_rank, low_rank.strength
+        return acting[0] if len(acting) == 1 else None  # type: ignore[return-value]
+
+    def sample_rows(self) -> SampleRows | None:
+        """Which rows of the input have which adapter, if the caller has said so."""
+        choice = chosen(self)
+        return None if choice is None else choice.rows
+
+    def by_rows(self, rows: SampleRows, call: Callable[[Tensor], Tensor], x: Tensor, least_dims: int) -> Tensor:
+        """A layer's forward, `call`, in which each sample's rows have the adapter of `per_sample`."""
+
+        def with_adapter(name: str | None, part: Tensor) -> Tensor:
+            token = _row.set((self, name))
+            try:
+                return call(part)
+            finally:
+                _row.reset(token)
+
+        return rows.through(with_adapter, x, least_dims)
+
+    def _of_row(self) -> dict[str, float]:
+        row = _row.get()
+        if row is None or row[0] is not self:
+            raise ConvLoRAError("per_sample: a weight is read by something else than its layer; run the samples apart")
+        return {} if row[1] is None else {row[1]: 1.0}
+
+    # --- the effective tensor
+
+    def _in_graph(self, base: Tensor, kind: str) -> Tensor:
+        """In a compiled or exported graph, which cannot see a tensor change: it forms the weight itself."""
+        acting: Acting = [
+            (self.low_rank(name), None) for name in self.active if kind == "weight" or self.low_rank(name)._has_bias
+        ]
+        if not acting:
+            return base
+        if not self.merged:
+            return self._compose(base, kind, acting)
+        formed = None if torch.compiler.is_dynamo_compiling() else self._fused.get(kind)
+        if formed is not None and formed.is_fresh():  # an exported graph is a snapshot
+            return formed.value
+        with torch.no_grad():
+            return self._compose(base, kind, acting, dropout=False)
+
+    def _merged(self, base: Tensor, kind: str) -> Tensor:
+        # First, since a merged net reads hundreds of weights in each forward. None: no adapter acts on this kind.
+        formed = self._fused.get(kind, _NOT_FORMED)
+        if formed is None:
+            return base
+        if formed is not _NOT_FORMED and formed.stands_on(base):
+            return formed.value
+        acting = self._acting(self.strengths(), kind)
+        if not acting:
+            self._fused[kind] = None
+            return base
+        tensors = [base, *(t for low_rank, _ in acting for t in low_rank.factors().values())]
+        # A weight that the layer computes may differ at every read, functional transforms bring tensors that must not
+        # outlive them, inference tensors keep no version, and the fake ones of an export (PyTorch 2.6) no address.
+        if not all(isinstance(tensor, nn.Parameter) and _is_lasting(tensor) for tensor in tensors):
+            with torch.inference_mode(False), torch.no_grad():
+                return self._compose(base, kind, acting, dropout=False, exact=self._exact)
+        return self._form(base, kind, acting, kind, merged=True).value
+
+    def _live(self, base: Tensor, key: str, acting: Acting, kind: str) -> Tensor:
+        """The effective tensor of adapters that may be training; kept from one call to the next while nothing can.
+
+        On a CPU only: factors are compared by value, since averages of weights are often written through `p.data`,
+        which leaves no trace; elsewhere the comparison would wait for the device.
+        """
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return self._compose(base, kind, acting)
+        if torch.is_grad_enabled():
+            self._fused.clear()
+            return self._compose(base, kind, acting)
+        formed = self._fused.get(key)
+        if formed is not None and formed.stands_on(base) and formed.is_of(acting) and formed.has_values():
+            return formed.value
+        keeps_version = isinstance(base, nn.Parameter) and not base.is_inference()
+        if base.device.type != "cpu" or not keeps_version or not all(_is_still(low_rank) for low_rank, _ in acting):
+            return self._compose(base, kind, acting)
+        return self._form(base, key, acting, kind, merged=False).value
+
+    def _form(self, base: Tensor, key: str, acting: Acting, kind: str, merged: bool) -> _Fused:
+        # Entering inference_mode(False) switches gradients on: no_grad comes after it.
+        with torch.inference_mode(False), torch.no_grad():
+            fused = self._compose(base, kind, acting, dropout=not merged, exact=merged and self._exact)
+        formed = _Fused(fused, base, acting, keep_values=not merged)
+        if type(fused) is Tensor:  # not one of a mode that only pretends to compute
+            if len(self._fused) >= MOST_KEPT:
+                self._fused.clear()
+            self._fused[key] = formed
+        return formed
+
+    def swap(self, name: str, factors: Mapping[str, Tensor], config: AdapterConfig, alpha: float) -> None:
+        """Make an adapter that of another file with the same shapes, in place."""
+        self.low_rank(name).copy_(factors)
+        self.low_rank(name).configure(config, alpha)
+        self._fused.clear()
+
+    def _compose(self, base: Tensor, kind: str, acting: Acting, *, dropout: bool = True, exact: bool = False) -> Tensor:
+        if exact:
+            return fuse_weight_exactly(base, [low_rank.in_float64(kind) for low_rank, _ in acting])
+        # Called as modules, so that hooks (FSDP2 unshards in one) run.
+        device = base.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return fuse_weight(base, [low_rank(kind, dropout, strength) for low_rank, strength in acting])
+        return fuse_weight(base, [low_rank(kind, dropout, strength) for low_rank, strength in acting])
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._fused.clear()
+        super()._load_from_state_dict(*arguments)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
+        self._fused.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def _is_lasting(tensor: Tensor) -> bool:
+    return not tensor.is_inference() and type(tensor).__name__ != "FakeTensor"
+
+
+class _Fused:
+    """A fused weight or bias, and what it was formed from: Parameters, each at an address and a version."""
+
+    __slots__ = ("acting", "base", "factors", "value", "values")
+
+    def __init__(self, value: Tensor, base: Tensor, acting: Acting, keep_values: bool) -> None:
+        self.value = value
+        self.base = base, base.data_ptr(), base._version
+        self.factors = [
+            (low_rank._parameters, name, tensor, tensor.data_ptr(), tensor._version)
+            for low_rank, _ in acting
+            for name, tensor in low_rank.factors().items()
+        ]
+        self.acting = acting
+        self.values = [tensor.detach().clone() for _, _, tensor, _, _ in self.factors] if keep_values else []
+
+    def is_of(self, acting: Acting) -> bool:
+        """Whether it was formed from these, at these strengths."""
+        return self.acting == acting
+
+    def has_values(self) -> bool:
+        """Whether every factor holds the values of then."""
+        return all(torch.equal(factor[2], value) for factor, value in zip(self.factors, self.values, strict=False))
+
+    def stands_on(self, base: Tensor) -> bool:
+        """Whether the Parameters are those of then and `is_fresh`; plain code, since every read of a weight asks."""
+        if base is not self.base[0]:
+            return False
+        for parameters, name, tensor, _, _ in self.factors:
+            if parameters.get(name) is not tensor:
+                return False
+        return self.is_fresh()
+
+    def is_fresh(self) -> bool:
+        """Whether no Parameter was written to, or given other memory (`p.data = …`), since."""
+        base, address, version = self.base
+        if base._version != version or base.data_ptr() != address:
+            return False
+        for _, _, tensor, address, version in self.factors:
+            if tensor._version != version or tensor.data_ptr() != address:
+                return False
+        return True
+
+
+def _is_still(low_rank: LowRank) -> bool:
+    """Whether calling the module twice gives the same, and does nothing else: no dropout, no hooks."""
+    dropping = low_rank.training and low_rank.config.rank_dropout > 0
+    hooked = low_rank._forward_pre_hooks or low_rank._forward_hooks
+    parameters = all(isinstance(p, nn.Parameter) and not p.is_inference() for p in low_rank.factors().values())
+    return type(low_rank) is LowRank and parameters and not (dropping or hooked)
+
+
+_NOT_FORMED = _Fused.__new__(_Fused)  # a mark, without values

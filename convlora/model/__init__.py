@@ -1,0 +1,1 @@
+"""What is done to a model: adapters in and out, switched, merged, saved and loaded."""

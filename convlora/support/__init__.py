@@ -1,0 +1,1 @@
+"""What knows nothing of adapters: files written at once, JSON, progress, tables, safetensors bytes."""

@@ -1,0 +1,393 @@
+"""Files: what is saved comes back, what is damaged is refused, and nothing changes then."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import FACTORS, NET_INPUT, NET_LAYERS, bits, net, randomise, snapshot
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import convlora
+from convlora.layer.adapted import slot_of
+
+
+def pair() -> tuple[nn.Sequential, nn.Sequential]:
+    """An adapted net and its base."""
+    base = net().eval()
+    model = net().eval()
+    model.load_state_dict(base.state_dict())
+    return randomise(convlora.inject(model, NET_LAYERS, rank=2, alpha=3, bias=True)), base
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[nn.Sequential, nn.Sequential, Path]:
+    model, base = pair()
+    convlora.save(model, tmp_path / "a.safetensors")
+    return model, base, tmp_path / "a.safetensors"
+
+
+Saved = tuple[nn.Sequential, nn.Sequential, Path]
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_load_into_a_fresh_model_restores_the_output_bitwise(factors: str, tmp_path: Path) -> None:
+    model, base = pair()
+    convlora.remove(model)
+    options: dict[str, Any] = {"rank_scaling": "sqrt", "bias": True, "ranks": {"6": 1}, "alphas": {"0": 0.5}}
+    randomise(convlora.inject(model, NET_LAYERS, rank=2, alpha=3, factors=factors, name="rain", **options))
+    x = torch.randn(NET_INPUT)
+    assert convlora.save(model, tmp_path / "a.safetensors") is model
+    convlora.load(base, tmp_path / "a.safetensors")
+    assert torch.equal(base(x), model(x))
+    assert convlora.adapters(base) == convlora.adapters(model)
+    assert bits(base) == bits(model)
+    assert [p for p in base.parameters() if p.requires_grad] == convlora.parameters(base)
+
+
+def test_saving_twice_gives_the_same_bytes(saved: Saved, tmp_path: Path) -> None:
+    model, _, path = saved
+    convlora.save(model, tmp_path / "b.safetensors")
+    assert path.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_keys_and_metadata_are_those_of_the_contract(saved: Saved) -> None:
+    _, _, path = saved
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        keys = sorted(file.keys())
+    assert keys == sorted(f"{i}.lora_{x}" for i in NET_LAYERS for x in ("A", "B", "bias"))
+    assert metadata["format"] == "convlora"
+    assert metadata["convlora.format_version"] == "1"
+    assert json.loads(metadata["config"])["rank"] == 2
+    assert json.loads(metadata["layers"])["3"][:2] == [2, 3]
+    assert metadata["checksum"].startswith("sha256:")
+    assert metadata["fingerprint"].startswith("sha256:")
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(path).values())
+
+
+def test_a_smaller_dtype_makes_a_smaller_file(saved: Saved, tmp_path: Path) -> None:
+    model, base, path = saved
+    convlora.save(model, tmp_path / "half.safetensors", dtype=torch.float16)
+    assert {t.dtype for t in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
+    assert (tmp_path / "half.safetensors").stat().st_size < path.stat().st_size
+    convlora.load(base, tmp_path / "half.safetensors")
+    x = torch.randn(NET_INPUT)
+    torch.testing.assert_close(base(x), model(x), rtol=1e-2, atol=1e-2)
+    assert {p.dtype for p in convlora.parameters(base)} == {torch.float32}
+
+
+def test_hot_swap_copies_in_place(saved: Saved) -> None:
+    model, base, path = saved
+    convlora.inject(base, NET_LAYERS, rank=2, alpha=8, bias=True)
+    factors = convlora.parameters(base)
+    convlora.load(base, path)
+    x = torch.randn(NET_INPUT)
+    assert torch.equal(base(x), model(x))
+    assert all(p is q for p, q in zip(convlora.parameters(base), factors, strict=True))
+    assert convlora.adapters(base) == convlora.adapters(model)
+    convlora.merge(base)
+    randomise(model)
+    convlora.load(base, convlora.adapter(model))
+    assert torch.equal(base(x), model(x))
+
+
+def test_load_beside_another_adapter_under_another_name(saved: Saved) -> None:
+    model, base, path = saved
+    convlora.load(base, path, name="a")
+    convlora.load(base, path, name="b")
+    assert list(convlora.adapters(base)) == ["a", "b"]
+    convlora.activate(base, {"a": 0.25, "b": 0.75})
+    torch.testing.assert_close(base[0].weight, model[0].weight)
+
+
+def test_load_freezes_and_remove_gives_the_base_back(saved: Saved) -> None:
+    _, base, path = saved
+    before = snapshot(base)
+    convlora.remove(convlora.load(base, path))
+    assert snapshot(base) == before
+
+
+def test_wrapped_models_use_the_names_of_the_bare_model(saved: Saved, tmp_path: Path) -> None:
+    model, base, path = saved
+    compiled = torch.compile(model, backend="eager")
+    convlora.save(compiled, tmp_path / "b.safetensors")
+    assert path.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    parallel = nn.DataParallel(base)
+    convlora.load(parallel, path)
+    assert list(convlora.adapter(parallel).layers) == NET_LAYERS
+
+
+# --- another base ----------------------------------------------------------------------------------------------
+
+
+def test_another_base_of_the_same_shapes_gives_a_warning(saved: Saved) -> None:
+    _, base, path = saved
+    with torch.no_grad():
+        base[3].weight[-1, -1, -1, -1] += 1e-6
+    with pytest.warns(convlora.ConvLoRAWarning, match="another base of the same shapes"):
+        convlora.load(base, path)
+    assert list(convlora.adapters(base)) == ["default"]
+
+
+def test_the_fingerprint_does_not_see_adapters_or_other_layers(saved: Saved) -> None:
+    _, base, path = saved
+    with torch.no_grad():
+        base[1].weight.add_(1)
+    randomise(convlora.inject(base, "0", rank=1, name="other"))
+    convlora.load(base, path)  # warnings are errors in tests
+
+
+# --- files that cannot be used ---------------------------------------------------------------------------------
+
+
+def rewrite(path: Path, edit: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> None:
+    """Edit a file as somebody who knows the format, checksum included."""
+    from convlora.adapter.file import checksum
+
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(path)
+    edit(tensors, metadata)
+    metadata["checksum"] = checksum(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+def rename(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    for x in ("A", "B", "bias"):
+        tensors[f"body.3.lora_{x}"] = tensors.pop(f"3.lora_{x}")
+    metadata["layers"] = metadata["layers"].replace('"3":', '"body.3":')
+
+
+def reshape(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors["0.lora_A"] = torch.zeros(6, 12)
+    layers = json.loads(metadata["layers"])
+    layers["0"][2] = [8, 4, 3, 3]
+    metadata["layers"] = json.dumps(layers)
+
+
+def set_nan(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors["0.lora_A"][0, 0] = float("nan")
+    tensors["6.lora_B"][0, 0] = float("inf")
+
+
+def drop(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    del tensors["0.lora_A"], tensors["4.lora_B"]
+    tensors["3.lora_C"] = torch.zeros(1)
+
+
+def orphan(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors["7.lora_A"] = torch.zeros(1)
+
+
+def newer(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    metadata["convlora.format_version"] = "2"
+
+
+def no_layers(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    del metadata["layers"]
+
+
+def bad_layers(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    metadata["layers"] = metadata["layers"].replace("[2,3,", "[-2,3,", 1)
+
+
+def no_entries(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    metadata["layers"] = "[]"
+
+
+def unknown_factors(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    metadata["config"] = metadata["config"].replace("{", '{"factors":"loha",', 1)
+
+
+EDITS = {
+    "renamed": (rename, r"unexpected: body\.3; nearest: '3'"),
+    "reshaped": (reshape, r"mismatched: 0 \(the file has weight \(8, 4, 3, 3\), the model \(8, 3, 3, 3\)\)"),
+    "non-finite": (set_nan, r"non-finite: 0\.lora_A, 6\.lora_B"),
+    "dropped": (drop, r"missing: 0\.lora_A, 4\.lora_B; unexpected: 3\.lora_C"),
+    "orphan": (orphan, r"unexpected: 7\.lora_A"),
+    "newer": (newer, "format version '2', this release reads 1; update convlora"),
+    "no layers": (no_layers, "malformed metadata"),
+    "bad layers": (bad_layers, "rank -2"),
+    "no entries": (no_entries, "unexpected|malformed"),
+    "unknown factors": (unknown_factors, "'loha' is not registered"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_unusable_content_is_refused_and_the_model_left_alone(edit: str, saved: Saved) -> None:
+    _, base, path = saved
+    change, message = EDITS[edit]
+    rewrite(path, change)
+    before = snapshot(base)
+    with pytest.raises(convlora.ConvLoRAError, match=message) as caught:
+        convlora.load(base, path)
+    assert "\n" not in str(caught.value)
+    assert snapshot(base) == before
+
+
+@pytest.mark.parametrize("edit", ["renamed", "reshaped"])
+def test_unusable_content_is_refused_in_a_hot_swap(edit: str, saved: Saved) -> None:
+    _, base, path = saved
+    convlora.load(base, path)
+    rewrite(path, EDITS[edit][0])
+    before = snapshot(base)
+    with pytest.raises(convlora.ConvLoRAError, match=r"missing: 3; unexpected: body\.3|mismatched: 0"):
+        convlora.load(base, path)
+    assert snapshot(base) == before
+
+
+def test_hot_swap_of_another_rank_is_refused(saved: Saved, tmp_path: Path) -> None:
+    _, base, path = saved
+    convlora.load(base, path)
+    other = randomise(convlora.inject(net(), NET_LAYERS, rank=1))
+    before = snapshot(base)
+    with pytest.raises(convlora.ConvLoRAError, match=r"mismatched: 0 .*name= loads beside it"):
+        convlora.load(base, convlora.adapter(other))
+    with pytest.raises(convlora.ConvLoRAError, match=r"mismatched: 0 .*'locon' factors"):
+        convlora.load(base, convlora.adapter(convlora.inject(net(), "0", rank=1, factors="locon")))
+    assert snapshot(base) == before
+
+
+def test_strict_false_takes_what_fits_and_warns_of_the_rest(saved: Saved) -> None:
+    model, base, path = saved
+    rewrite(path, rename)
+    with pytest.warns(convlora.ConvLoRAWarning, match=r"left out what does not fit: unexpected: body\.3"):
+        convlora.load(base, path, strict=False)
+    assert list(convlora.adapter(base).layers) == ["0", "4", "6"]
+    assert torch.equal(base[0].weight, model[0].weight)
+
+
+def test_strict_false_in_a_hot_swap_leaves_no_mixture(saved: Saved) -> None:
+    model, base, path = saved
+    randomise(convlora.inject(base, NET_LAYERS, rank=2, bias=True))
+    rewrite(path, rename)
+    with pytest.warns(convlora.ConvLoRAWarning, match="left out"):
+        convlora.load(base, path, strict=False)
+    assert torch.equal(base[0].weight, model[0].weight)
+    assert torch.equal(base[3].weight, base[3]._parameters["weight"])
+
+
+def test_every_truncation_is_refused(saved: Saved) -> None:
+    _, base, path = saved
+    data, before = path.read_bytes(), snapshot(base)
+    header = struct.unpack("<Q", data[:8])[0]
+    for length in (0, 1, 7, 8, 9, header // 2, header + 7, header + 8, header + 9, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(convlora.ConvLoRAError, match="read"):
+            convlora.load(base, path)
+    assert snapshot(base) == before
+
+
+def test_every_flipped_bit_is_refused(saved: Saved) -> None:
+    _, base, path = saved
+    data, before = path.read_bytes(), snapshot(base)
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    step = max(1, (len(data) - header) // 100)
+    for at in [*range(header), *range(header, len(data), step)]:
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        with pytest.raises(convlora.ConvLoRAError):
+            convlora.load(base, path)
+    assert snapshot(base) == before
+
+
+def test_foreign_files_are_refused_and_pickles_never_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    (tmp_path / "bomb.safetensors").write_bytes(pickle.dumps(Bomb()))
+    torch.save({"w": Bomb()}, tmp_path / "bomb.pt")
+    save_file({"conv.lora_A": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    save_file({"w": torch.zeros(1)}, tmp_path / "pt.safetensors", {"format": "pt"})
+    (tmp_path / "folder").mkdir()
+    for name in ("bomb.safetensors", "bomb.pt", "foreign.safetensors", "pt.safetensors", "folder", "absent"):
+        with pytest.raises(convlora.ConvLoRAError, match=f"read: '.*{name}'"):
+            convlora.load(net(), tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, path = saved
+    data = path.read_bytes()
+    randomise(model)
+
+    def fail(*args: object) -> None:
+        raise OSError("disk full")
+
+    for step in ("fsync", "replace", "chmod"):
+        monkeypatch.setattr(os, step, fail)
+        with pytest.raises(convlora.ConvLoRAError, match=r"cannot be written \(disk full\)"):
+            convlora.save(model, path)
+        monkeypatch.undo()
+    assert path.read_bytes() == data
+    assert os.listdir(path.parent) == [path.name]
+    convlora.save(model, path)
+    assert path.read_bytes() != data
+
+
+def test_places_that_cannot_be_written_are_one_clear_error(saved: Saved, tmp_path: Path) -> None:
+    model, _, _ = saved
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "no" / "such" / "a.safetensors", tmp_path / "folder"):
+        with pytest.raises(convlora.ConvLoRAError, match=r"write: .* cannot be written"):
+            convlora.save(model, place)
+
+
+def test_paths_of_another_type_and_factors_without_values_are_one_clear_error(saved: Saved) -> None:
+    model, base, path = saved
+    with pytest.raises(convlora.ConvLoRAError, match="write: '3' cannot be written"):
+        convlora.save(model, 3)  # type: ignore[arg-type]
+    with pytest.raises(convlora.ConvLoRAError, match="read: 'None' cannot be read"):
+        convlora.load(base, None)  # type: ignore[arg-type]
+    with pytest.raises(convlora.ConvLoRAError, match="no values yet"):
+        convlora.save(model.to("meta"), path)
+
+
+def test_a_link_stays_a_link_and_permissions_stay(saved: Saved, tmp_path: Path) -> None:
+    model, _, path = saved
+    path.chmod(0o640)
+    (tmp_path / "link.safetensors").symlink_to(path)
+    convlora.save(randomise(model), tmp_path / "link.safetensors")
+    assert (tmp_path / "link.safetensors").is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert torch.equal(load_file(path)["0.lora_A"], slot_of(model[0]).low_rank("default").lora_A)
+
+
+def test_non_finite_factors_are_not_saved(saved: Saved) -> None:
+    model, _, path = saved
+    data = path.read_bytes()
+    with torch.no_grad():
+        slot_of(model[4]).low_rank("default").lora_B[0, 0] = float("nan")
+    with pytest.raises(convlora.ConvLoRAError, match=r"non-finite: 4\.lora_B"):
+        convlora.save(model, path)
+    assert path.read_bytes() == data
+
+
+@pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
+@pytest.mark.parametrize("factors", FACTORS)
+def test_a_span_adapter_is_hardly_larger_than_its_tensors(factors: str, tmp_path: Path) -> None:
+    span = pytest.importorskip("spandrel.architectures.SPAN").SPAN
+    model = span(num_in_ch=3, num_out_ch=3, feature_channels=26, upscale=4)
+    for name, module in list(model.named_modules()):  # collapsed, as the released nets are
+        if hasattr(module, "eval_conv"):
+            model.get_submodule(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], module.eval_conv)
+    convlora.inject(model, nn.Conv2d, rank=4, factors=factors)
+    convlora.save(model, tmp_path / "span.safetensors")
+    raw = sum(4 * p.numel() for p in convlora.parameters(model))
+    assert len(convlora.adapter(model).layers) == 22
+    assert raw < (tmp_path / "span.safetensors").stat().st_size <= 1.02 * raw + 8000
