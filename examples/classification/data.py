@@ -49,7 +49,7 @@ class Labelled:
     labels: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """What there is to learn: originals to draw training batches from, and held-out images as they are."""
 
@@ -69,12 +69,12 @@ class Task:
         return Labelled(self.disturb(warp(originals.images, generator), generator), originals.labels)
 
 
-def letters() -> Task:
+def letters_task() -> Task:
     """The base's: capital letters, dark on white."""
     return printed("letters", LATIN, DEJAVU + COMPUTER_MODERN, STIX, ink_on_paper)
 
 
-def greek(*, searching: bool = False) -> Task:
+def greek_task(*, searching: bool = False) -> Task:
     """Small Greek letters, faint, noisy, under uneven light.
 
     `searching`: judged by the serif fonts of those that are otherwise learned from, so that rates can be chosen
@@ -85,7 +85,7 @@ def greek(*, searching: bool = False) -> Task:
     return printed("greek", GREEK, DEJAVU, STIX, badly_lit)
 
 
-def digits(*, searching: bool = False) -> Task:
+def digits_task(*, searching: bool = False) -> Task:
     """Handwritten digits as scikit-learn has them: bright on black, 8×8 pixels, here enlarged.
 
     `searching`: judged by the last of those that are otherwise learned from.

@@ -1,23 +1,93 @@
-"""What classify.py shows: a table of all methods, and a picture."""
+"""What classify.py shows and writes: progress, a table of all methods, a picture, results.json."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import importlib.metadata
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from classification.data import Task
-from classification.methods import Outcome
+from classification.methods import Outcome, has_peft
+from classification.training import accuracy
 
 LIVE, GREY = "#0b6e4f", "#9aa5b1"  # as trained, from the file
 WRONG = "#ff2d55"
 SHOWN = 10  # images of each data set in the picture
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A data set, and what the network says to its held-out images: with the adapter for it, and with none."""
+
+    task: Task
+    adapted: Tensor  # logits; for the base's own data those of the base
+    base: Tensor
+    base_classes: Sequence[str]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the data are the base's own."""
+        return self.adapted is self.base
+
+
+def show_progress(what: str, started: float) -> None:
+    """What is done, and when."""
+    console.print(f"{what}: done after {time.perf_counter() - started:.0f} s")
+
+
+def report_run(
+    out: Path, options: Mapping[str, int], outcomes: Sequence[Outcome], shown: Sequence[Shown], started: float
+) -> None:
+    """The table on the screen; the picture and results.json in a folder."""
+    base, *others = shown
+    tasks = [data.task for data in others]
+    base_accuracy = accuracy(base.base, base.task.test)
+    lines = lines_of(outcomes)
+    console.print(f"base: {base_accuracy:.1%} of {len(base.task.test.labels)} letters in fonts that it has not seen")
+    console.print(table_of(lines, tasks, "Accuracy on held-out images (%), live and of the file on a fresh base"))
+    if not has_peft():
+        console.print("no rows of PEFT: it is not installed (pip install -e '.[examples,peft]')")
+    save_picture(out / "classify.png", lines, shown)
+    seconds = time.perf_counter() - started
+    packages = ["torch", "torchvision", "convlora", *(["peft"] if has_peft() else [])]
+    results = {
+        "options": dict(options),
+        "device": f"cpu, {torch.get_num_threads()} threads",
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "seconds": round(seconds, 1),
+        "base_accuracy": base_accuracy,
+        "images": {data.task.name: [len(data.task.originals.labels), len(data.task.test.labels)] for data in shown},
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"{seconds:.0f} s; wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
+
+
+def check_promises(promises: Mapping[str, bool]) -> None:
+    """Say that all hold.
+
+    Raises:
+        typer.Exit: one does not; all of those are named.
+    """
+    broken = [promise for promise, holds in promises.items() if not holds]
+    if broken:
+        typer.echo(f"failed: {'; '.join(broken)}", err=True)
+        raise typer.Exit(1)
+    console.print(f"[green]{len(promises)} checks hold[/]: {'; '.join(promises)}")
 
 
 @dataclass(frozen=True)
@@ -71,16 +141,6 @@ def table_of(lines: Sequence[Line], tasks: Sequence[Task], title: str) -> Table:
     return table
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A data set, and what the network says to its held-out images: with the adapter for it, and with none."""
-
-    task: Task
-    adapted: Tensor | None  # logits; None for the base's own data
-    base: Tensor
-    base_classes: Sequence[str]
-
-
 def save_picture(path: Path, lines: Sequence[Line], shown: Sequence[Shown]) -> None:
     """Above, held-out images and what one network says to them, switched; below, all methods as bars."""
     figure = Figure(figsize=(10, 7.6), layout="constrained")
@@ -89,8 +149,8 @@ def save_picture(path: Path, lines: Sequence[Line], shown: Sequence[Shown]) -> N
     for row, data in zip(above.subplots(len(shown), SHOWN, squeeze=False), shown, strict=True):
         for axes, index in zip(row, examples(data.task), strict=True):
             draw_example(axes, data, index)
-        row[0].set_ylabel("no adapter" if data.adapted is None else f"adapter\n“{data.task.name}”", fontsize=9)
-    judged = [data.task for data in shown if data.adapted is not None]
+        row[0].set_ylabel("no adapter" if data.is_own else f"adapter\n“{data.task.name}”", fontsize=9)
+    judged = [data.task for data in shown if not data.is_own]
     grid = below.subplots(1, len(judged), squeeze=False)[0]
     for axes, task in zip(grid, judged, strict=True):
         draw_bars(axes, lines, task)
@@ -111,11 +171,10 @@ def draw_example(axes: Axes, data: Shown, index: int) -> None:
     axes.imshow(data.task.test.images[index, 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
-    says = data.base if data.adapted is None else data.adapted
-    answer, truth = int(says[index].argmax()), int(data.task.test.labels[index])
+    answer, truth = int(data.adapted[index].argmax()), int(data.task.test.labels[index])
     text = data.task.classes[answer] + ("" if answer == truth else f" (is {data.task.classes[truth]})")
     axes.set_title(text, fontsize=11, pad=5, color=LIVE if answer == truth else WRONG)
-    if data.adapted is not None:
+    if not data.is_own:
         axes.set_xlabel(f"off: {data.base_classes[int(data.base[index].argmax())]}", fontsize=8, color="#5f6b7a")
 
 

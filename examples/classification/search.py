@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from classification import data
+from classification.data import LATIN, Task, digits_task, greek_task
 from classification.methods import Outcome, full_fine_tuning, has_peft, linear_probe, peft_lora
 from classification.network import SmallResNet
 from classification.training import Training
@@ -45,24 +45,23 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     console = Console()
-    tasks = [data.digits(searching=True), data.greek(searching=True)]
+    tasks = [digits_task(searching=True), greek_task(searching=True)]
 
-    def fresh() -> SmallResNet:
-        model = SmallResNet(len(data.LATIN))
+    def fresh_base() -> SmallResNet:
+        model = SmallResNet(len(LATIN))
         model.load_state_dict(load_file(base))
         return model.eval()
 
-    def run(name: str, rate: float, task: data.Task, training: Training, file: Path) -> Outcome:
-        torch.manual_seed(training.seed)
+    def run(name: str, rate: float, task: Task, training: Training, file: Path) -> Outcome:
         if name == "linear probe":
-            return linear_probe(fresh, task, training, file, rate=rate)
+            return linear_probe(fresh_base, task, training, file, rate=rate)
         if name == "full fine-tuning":
-            return full_fine_tuning(fresh, task, training, file, rate=rate)
+            return full_fine_tuning(fresh_base, task, training, file, rate=rate)
         if name in RANKS:
-            return adapt(fresh, task, training, name, file, rate=rate)[0]
+            return adapt(fresh_base, task, training, name, file, rate=rate)[0]
         saved = ["fc"] if name == "PEFT" else ["fc", *BATCH_NORMS]
         return peft_lora(
-            fresh, task, training, file, targets=IN_PEFT, rank=RANKS["locon"], modules_to_save=saved, rate=rate
+            fresh_base, task, training, file, targets=IN_PEFT, rank=RANKS["locon"], modules_to_save=saved, rate=rate
         )
 
     table = Table("method", "rate", *(task.name for task in tasks), "mean", title="accuracy live (%)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -67,3 +67,8 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
 def accuracy(logits: Tensor, truth: Labelled) -> float:
     """The share of images whose largest logit is that of their class."""
     return float((logits.argmax(1) == truth.labels).float().mean())
+
+
+def equal_states(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts have the same keys in the same order and the same bits."""
+    return list(one) == list(other) and all(torch.equal(value, other[key]) for key, value in one.items())
