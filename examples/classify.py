@@ -41,8 +41,8 @@ from torch import Tensor
 
 import convlora
 
-CONVOLUTIONS = ["layer*.conv?", "layer*.downsample.0"]  # all but the stem
-IN_FULL = ["fc", "re:conv1"]  # the head, and the stem, whose 144 weights no low rank makes fewer
+CONVOLUTIONS = ["conv?", "downsample.0"]  # all that modules_to_save does not take
+IN_FULL = ["fc", "re:conv1"]  # the head, and the stem (not every conv1), whose 144 weights no low rank makes fewer
 RANKS = {"locon": 4, "convlora": 2}  # of both factorizations: much the same number of parameters
 NAMES = {"locon": "convlora, locon factors", "convlora": "convlora"}  # of both in the table
 IN_PEFT = r".*(conv.|downsample\.0)"  # the stem too, for PEFT's modules_to_save would take every conv1
