@@ -22,8 +22,11 @@ from convlora.inspect.report import audit as audit
 from convlora.inspect.report import summary as summary
 from convlora.model.inject import inject as inject
 from convlora.model.inject import remove as remove
+from convlora.model.outside import changed as changed
+from convlora.model.outside import freeze as freeze
 from convlora.model.storage import adapter as adapter
 from convlora.model.storage import load as load
+from convlora.model.storage import merged_state_dict as merged_state_dict
 from convlora.model.storage import save as save
 from convlora.model.switch import activate as activate
 from convlora.model.switch import disabled as disabled

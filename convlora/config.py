@@ -18,12 +18,16 @@ Target: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Sequence[Target]"
 
 SCALINGS = ("linear", "sqrt")
+STATISTICS = ("adapter", "frozen", "base")
 LARGEST = 1e18  # of an alpha or a strength: products stay within float32
+
+_PATTERNS = ("targets", "exclude", "modules_to_save")
 
 # An adapter's name becomes that of a submodule: it cannot be that of an attribute of the module that holds adapters.
 _RESERVED = frozenset(dir(nn.Module())) | {
-    "activate", "active", "by_rows", "choices", "effective", "low_rank", "merge", "merged", "names", "only_acting",
-    "restore", "sample_rows", "state", "strengths", "swap", "unmerge",
+    "acting", "activate", "active", "by_rows", "choices", "copies", "effective", "entry", "freezes_statistics",
+    "has_copies", "low_ranks", "merge", "merged", "names", "only_acting", "own_buffer", "restore", "sample_rows",
+    "state", "strengths", "swap", "unmerge",
 }  # fmt: skip
 
 
@@ -49,6 +53,11 @@ class AdapterConfig:
         init: how the factors start; `"default"` is Kaiming-uniform A and zero B.
         bias: also train a delta of the bias, in every selected layer that has one.
         rank_dropout: probability, in [0, 1), that training drops a rank component; the rest is scaled up.
+        modules_to_save: modules, with all below them, that are trained in full: the adapter has its own copy of their
+            Parameters and buffers. Same forms as `targets`, which leave them out; PEFT's name and meaning.
+        norm_statistics: whose running statistics move in train mode, for every module that keeps some (BatchNorm and
+            the like): `"adapter"`, a copy of its own, which starts as the base's; `"frozen"`, nobody's, and the module
+            normalises with the base's in train mode, too; `"base"`, the base's own, as PyTorch does it.
 
     Raises:
         ConvLoRAError: a value is out of range or of the wrong type.
@@ -73,13 +82,15 @@ class AdapterConfig:
     init: str = "default"
     bias: bool = False
     rank_dropout: float = 0.0
+    modules_to_save: Targets = ()
+    norm_statistics: str = "adapter"
 
     def __post_init__(self) -> None:
-        for field in ("targets", "exclude"):
+        for field in _PATTERNS:
             object.__setattr__(self, field, _as_tuple(field, getattr(self, field)))
         if not self.targets:
             raise ConvLoRAError("AdapterConfig: targets is empty; name at least one layer or pattern")
-        for field in ("factors", "name", "init", "rank_scaling"):
+        for field in ("factors", "name", "init", "rank_scaling", "norm_statistics"):
             _check_text(field, getattr(self, field))
         if not self.name or "." in self.name or self.name.startswith("_") or self.name in _RESERVED:
             _fail(
@@ -89,6 +100,8 @@ class AdapterConfig:
             )
         if self.rank_scaling not in SCALINGS:
             _fail("rank_scaling", self.rank_scaling, f"one of {', '.join(SCALINGS)}")
+        if self.norm_statistics not in STATISTICS:
+            _fail("norm_statistics", self.norm_statistics, f"one of {', '.join(STATISTICS)}")
         if not isinstance(self.bias, int) or self.bias not in (True, False):
             _fail("bias", self.bias, "True or False")
         if not is_number(self.rank_dropout) or not 0 <= self.rank_dropout < 1:
@@ -135,7 +148,7 @@ class AdapterConfig:
             >>> AdapterConfig(targets="*", rank=2).to_json()
             '{"targets":["*"],"rank":2}'
         """
-        for target in (*self.targets, *self.exclude):  # type: ignore[misc]
+        for target in (target for field in _PATTERNS for target in getattr(self, field)):
             if not isinstance(target, str):
                 raise ConvLoRAError(f"AdapterConfig: target {target!r} has no JSON form; use patterns (strings)")
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -12,7 +12,7 @@ from torch import nn
 
 from convlora.config import Target
 from convlora.errors import ConvLoRAError
-from convlora.layer.adapted import why_not
+from convlora.layer.adapted import CHILD, why_not
 
 V = TypeVar("V")
 _COMPARED = 60  # characters of a name, the last, that `nearest` looks at
@@ -83,6 +83,30 @@ def select_layers(
     return layers, idle
 
 
+def select_modules(model: nn.Module, targets: Sequence[Target], operation: str, field: str) -> dict[str, nn.Module]:
+    """The modules of any kind that targets select, by their first name, in model order; not what is inside them.
+
+    Raises:
+        ConvLoRAError: a target selects nothing.
+    """
+    named = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if not is_part_of_adapter(name)]
+    selected: set[int] = set()
+    for target in targets:
+        hits = [(name, m) for name, m in named if target_selects(target, name, m, operation)]
+        if isinstance(target, str) and _is_literal(target):
+            hits = [hit for hit in hits if hit[0] == target] or hits  # a full name means that module first
+        if not hits:
+            close = f"; {nearest_names(target, [n for n, _ in named if n])}" if isinstance(target, str) else ""
+            raise ConvLoRAError(f"{operation}: {field} {describe_target(target)} selects no module{close}")
+        selected |= {id(m) for _, m in hits}
+    modules: dict[str, nn.Module] = {}
+    for name, module in named:
+        if id(module) in selected:
+            selected.discard(id(module))
+            modules[name] = module
+    return modules
+
+
 def values_by_layer(
     values: Mapping[str, V] | None, default: V, names: Iterable[str], operation: str, field: str
 ) -> dict[str, V]:
@@ -151,3 +175,8 @@ def _is_literal(pattern: str) -> bool:
 def _nearest(target: Target, adaptable: Mapping[str, nn.Module]) -> str:
     clause = f"; {nearest_names(target, adaptable)}" if isinstance(target, str) and adaptable else ""
     return f"{len(adaptable)} can be adapted{clause}".replace("; nearest", ", nearest")
+
+
+def is_part_of_adapter(name: str) -> bool:
+    """Whether a module's name is that of something that adapters brought."""
+    return f".{CHILD}." in f".{name}."

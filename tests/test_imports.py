@@ -98,7 +98,7 @@ def test_public_names_are_those_of_the_contract() -> None:
     assert public == {
         "inject", "remove", "merge", "unmerge", "merged", "disabled", "activate", "per_sample", "adapters",
         "parameters", "summary", "audit", "allocate_ranks", "save", "load", "adapter", "AdapterConfig", "Adapter",
-        "register_factors", "using", "ConvLoRAError", "ConvLoRAWarning",
+        "register_factors", "using", "merged_state_dict", "freeze", "changed", "ConvLoRAError", "ConvLoRAWarning",
     }  # fmt: skip
 
 

@@ -28,6 +28,8 @@ class Adapter(AdapterParts):
         fingerprint: of the base weights that were adapted, if known.
         errors: layer path -> what `resize`, `extract` or `refactor`, whichever made this adapter, left out of ΔW:
             `‖ΔW - kept‖ / ‖ΔW‖` in the Frobenius norm. Empty for all other adapters; files do not hold it.
+        modules: module path -> {tensor name: values}: copies of whole modules (`modules_to_save`) and running
+            statistics, which take the place of the base's.
 
     Raises:
         ConvLoRAError: tensors are missing, unexpected, of other shapes than config and spec say, or non-finite.
@@ -74,7 +76,7 @@ class Adapter(AdapterParts):
         write_adapter(self, path)
 
     def to(self, dtype: torch.dtype) -> Adapter:
-        """The adapter with its tensors in another floating dtype.
+        """The adapter with its tensors in another floating dtype; copies of modules get narrower, but not wider.
 
         Raises:
             ConvLoRAError: not a floating dtype, or values overflow in it.
@@ -89,8 +91,6 @@ class Adapter(AdapterParts):
             raise ConvLoRAError(f"Adapter.to: dtype (={dtype}) must be a floating point dtype")
         if dtype.itemsize < 2:
             raise ConvLoRAError(f"Adapter.to: {dtype} is too narrow for factors; use float16 or bfloat16")
-        if all(t.dtype == dtype for layer in self.layers.values() for t in layer.tensors.values()):
-            return self
         cast = {
             path: LayerFactors(
                 {name: t.to(dtype) for name, t in layer.tensors.items()},
@@ -98,7 +98,12 @@ class Adapter(AdapterParts):
             )
             for path, layer in self.layers.items()
         }  # fmt: skip
-        return Adapter(self.config, cast, self.fingerprint)
+        narrow = dtype.itemsize < 4
+        modules = {
+            path: {n: t.to(dtype) if narrow and t.is_floating_point() else t for n, t in tensors.items()}
+            for path, tensors in self.modules.items()
+        }
+        return Adapter(self.config, cast, self.fingerprint, modules=modules)
 
     def delta(self, layer: str) -> Tensor:
         """ΔW of a layer with its scale, float32 (float64 for float64 factors), shaped as the layer's weight.
@@ -120,8 +125,9 @@ class Adapter(AdapterParts):
     def apply_to(self, state_dict: Mapping[str, Any], strength: float = 1.0, *, exact: bool = False) -> dict[str, Any]:
         """A checkpoint with the adapter merged in: key order, dtypes and all other entries stay.
 
-        The values are bitwise those that `convlora.merge` computes, with the same `exact`. The given state dict is not
-        changed.
+        The values are bitwise those that `convlora.merge` computes, with the same `exact`. Copies of modules take the
+        place of the checkpoint's entries, of other shapes, too; at another strength than 1 they are
+        `base + strength·(copy − base)`. The given state dict is not changed.
 
         Raises:
             ConvLoRAError: weights are missing or of other shapes; all are listed.
@@ -144,6 +150,7 @@ class Adapter(AdapterParts):
 
         Exact, but for one rounding of each factor; ranks add up, and the scale becomes 1. Layers, ranks, alphas and
         `rank_scaling` may differ; bias deltas are summed, too. Name and the rest of the config are the first one's.
+        Copies of modules are averaged, so the weights of the adapters that have one must sum to 1.
 
         Raises:
             ConvLoRAError: the factorizations differ, or one layer has weights of different shapes.

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors
+from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, tensor_key
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors.base import Factorization, WeightSpec, get_factors
@@ -61,6 +61,7 @@ def assemble(
     *,
     fingerprint: str | None = None,
     errors: Mapping[str, float] | None = None,
+    modules: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> A:
     """An adapter of the class `make`, its config made from its layers: targets, ranks, alphas and bias."""
     if not layers:
@@ -80,7 +81,7 @@ def assemble(
         init=config.init if config.init in get_factors(config.factors).inits else "default",
         bias=any(BIAS_DELTA in layer.tensors for layer in layers.values()),
     )
-    return make(stated, dict(layers), fingerprint, dict(errors or {}))
+    return make(stated, dict(layers), fingerprint, dict(errors or {}), dict(modules or {}))
 
 
 def _commonest(values: Sequence[T]) -> T:
@@ -112,7 +113,34 @@ def combine(adapters: Sequence[A], weights: Sequence[float]) -> A:
         first.config.replace(rank_scaling="linear"),
         layers,
         fingerprint=first.fingerprint if same_base else None,
+        modules=_averaged(adapters, weights),
     )
+
+
+def _averaged(adapters: Sequence[AdapterParts], weights: Sequence[float]) -> dict[str, dict[str, Tensor]]:
+    """`base + Σ weight·(copy − base)` of each copied tensor, which needs no base where the weights sum to 1."""
+    problems = Problems()
+    averaged: dict[str, dict[str, Tensor]] = {}
+    names = {(path, name): None for a in adapters for path, tensors in a.modules.items() for name in tensors}
+    for path, name in names:
+        parts = [
+            (a.modules[path][name], w)
+            for a, w in zip(adapters, weights, strict=True)
+            if name in a.modules.get(path, ())
+        ]
+        total = sum(weight for _, weight in parts)
+        copies = [copy for copy, _ in parts]
+        if abs(total - 1) > 1e-9:
+            problems.mismatched.append(f"{tensor_key(path, name)} has weights that sum to {total:g} instead of 1")
+        elif any(copy.shape != copies[0].shape for copy in copies):
+            problems.mismatched.append(f"{tensor_key(path, name)} has shapes {[tuple(copy.shape) for copy in copies]}")
+        elif copies[0].is_floating_point():
+            mixed = torch.stack([copy.double() * weight for copy, weight in parts]).sum(0)
+            averaged.setdefault(path, {})[name] = mixed.to(copies[0].dtype)
+        else:
+            averaged.setdefault(path, {})[name] = [copy for copy, weight in parts if weight][-1]
+    problems.raise_if_any("Adapter.combine")
+    return averaged
 
 
 def _by_layer(adapters: Sequence[AdapterParts]) -> dict[str, dict[int, LayerFactors]]:
@@ -166,7 +194,9 @@ def resize(adapter: A, rank: int | None, energy: float | None) -> A:
             fit = _shrink(adapter.config, layer, choose)
             if fit.rank < layer.rank:
                 layers[path], errors[path] = fitted(fit, adapter.config, layer), fit.error
-    return assemble(type(adapter), adapter.config, layers, fingerprint=adapter.fingerprint, errors=errors)
+    return assemble(
+        type(adapter), adapter.config, layers, fingerprint=adapter.fingerprint, errors=errors, modules=adapter.modules
+    )
 
 
 def _shrink(config: AdapterConfig, layer: LayerFactors, choose: ChooseRank) -> Fit:
@@ -201,7 +231,9 @@ def refactor(adapter: A, factors: str, rank: int | None, energy: float | None) -
         else:
             fit = target.fit(dense_delta(adapter.config, layer), layer.spec, choose)
         layers[path], errors[path] = fitted(fit, config, layer), fit.error
-    return assemble(type(adapter), config, layers, fingerprint=adapter.fingerprint, errors=errors)
+    return assemble(
+        type(adapter), config, layers, fingerprint=adapter.fingerprint, errors=errors, modules=adapter.modules
+    )
 
 
 def _means_the_same(source: Factorization, target: Factorization, layer: LayerFactors) -> bool:

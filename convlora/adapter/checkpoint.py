@@ -24,7 +24,7 @@ from convlora.adapter.specs import guess_spec, is_layer_weight
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
-from convlora.factors.fuse import fuse_weight, fuse_weight_exactly, is_finite
+from convlora.factors.fuse import difference, fuse_weight, fuse_weight_exactly, is_finite
 from convlora.factors.svd import rank_chooser
 from convlora.support.progress import counted_steps
 
@@ -56,18 +56,40 @@ def apply_adapters(
                 changes.setdefault(name, {}).setdefault(number, (adapter, layer, strength))
     problems = Problems()
     merged: dict[str, Tensor] = {}
-    for name, parts in counted_steps(changes.items()):
-        base = state_dict[name]
-        updates = (_change(name, *part, exact).to(base.device) for part in parts.values())
-        merged[name] = (fuse_weight_exactly if exact else fuse_weight)(base.detach(), updates)
-        if not is_finite(merged[name]):
+    mixed = _copies(strengths)
+    for name in counted_steps(dict.fromkeys([*changes, *mixed])):
+        base: Any = state_dict.get(name)
+        parts, owned = changes.get(name, {}), mixed.get(name, [])
+        if owned and (not owned[-1][0].is_floating_point() or (len(owned) == 1 and not parts and owned[0][1] == 1)):
+            whole = owned[-1][0]
+            merged[name] = whole.clone() if base is None else whole.to(base.device, base.dtype, copy=True)
+        elif owned and (base is None or any(copy.shape != base.shape for copy, _ in owned)):
+            problems.mismatched.append(f"{name} has another shape than the base's: a copy acts at strength 1 and alone")
+            continue
+        else:
+            updates = [_change(name, *part, exact).to(base.device) for part in parts.values()]
+            stored = [(copy.to(base.device, base.dtype), share) for copy, share in owned]
+            updates += [difference(base.detach(), copy, share, exact) for copy, share in stored]
+            merged[name] = (fuse_weight_exactly if exact else fuse_weight)(base.detach(), updates)
+        if merged[name].is_floating_point() and not is_finite(merged[name]):
             problems.non_finite.append(name)
     problems.raise_if_any("Adapter.apply_to")
     merged.update({alias: merged[name] for alias, name in copies.items()})
     result = OrderedDict((name, merged.get(name, value)) for name, value in state_dict.items())
+    result.update({name: value for name, value in merged.items() if name not in result})  # a bias that the base lacks
     if hasattr(state_dict, "_metadata"):  # the versions of torch's modules
         result._metadata = state_dict._metadata  # type: ignore[attr-defined]
     return result
+
+
+def _copies(strengths: Sequence[tuple[AdapterParts, float]]) -> dict[str, list[tuple[Tensor, float]]]:
+    """Entry of a checkpoint -> the copies that take its place, by strength."""
+    found: dict[str, list[tuple[Tensor, float]]] = {}
+    for adapter, strength in strengths:
+        for path, tensors in adapter.modules.items() if strength else ():
+            for name, copy in tensors.items():
+                found.setdefault(tensor_key(path, name), []).append((copy, strength))
+    return found
 
 
 def state_dict_misfits(adapter: AdapterParts, state_dict: Mapping[str, Any]) -> Problems:
@@ -84,6 +106,14 @@ def state_dict_misfits(adapter: AdapterParts, state_dict: Mapping[str, Any]) -> 
                 problems.mismatched.append(f"{name} {tuple(base.shape)} instead of {shape}")
             elif not base.is_floating_point() or base.element_size() < 2:
                 problems.mismatched.append(f"{name} {base.dtype} instead of floating point of at least 16 bits")
+    for path, tensors in adapter.modules.items():
+        entries = {tensor_key(path, name): copy for name, copy in tensors.items()}
+        if not entries.keys() & state_dict.keys():
+            problems.missing += entries
+        for name, copy in entries.items():
+            base = state_dict.get(name)
+            if isinstance(base, Tensor) and base.dim() != copy.dim():
+                problems.mismatched.append(f"{name} {tuple(base.shape)} instead of {tuple(copy.shape)}")
     return problems
 
 

@@ -1,11 +1,12 @@
 """The library's own file: one `.safetensors` with factors, config, checksum and fingerprint.
 
-Tensor keys are `<layer path>.lora_A`, `<layer path>.lora_B` (`.lora_bias`), or the names of another factorization.
-`__metadata__` holds, all as text:
+Tensor keys are `<layer path>.lora_A`, `<layer path>.lora_B` (`.lora_bias`), or the names of another factorization, and
+`<module path>.<tensor name>` for copies. `__metadata__` holds, all as text:
 
-- `format`: `convlora`, and `convlora.format_version`: `1`;
+- `format`: `convlora`, and `convlora.format_version`: `1`, or `2` where version 1 could not say what the adapter is;
 - `config`: the `AdapterConfig` as JSON;
 - `layers`: JSON `{path: [rank, alpha, weight shape, groups, transposed, [alias paths]]}`, trailing defaults left out;
+- `modules`, from version 2 on: JSON `{module path: [tensor names]}` of the copies;
 - `fingerprint`: of the base weights that were adapted, if known;
 - `checksum`: SHA-256 over all of the above and over names, dtypes, shapes and bytes of the tensors.
 """
@@ -23,13 +24,13 @@ from torch import Tensor
 
 from convlora.adapter.parts import AdapterParts, LayerFactors, tensor_key
 from convlora.config import AdapterConfig
-from convlora.errors import ConvLoRAError, one_line
+from convlora.errors import ConvLoRAError, Problems, one_line
 from convlora.factors.base import WeightSpec
 from convlora.support.atomic import write_atomically
 from convlora.support.jsontext import parse_json
 from convlora.support.safetensors import from_safetensors, read_regular_file, tensor_bytes, to_safetensors
 
-FORMAT, VERSION = "convlora", 1
+FORMAT, VERSIONS = "convlora", ("1", "2")
 A = TypeVar("A", bound=AdapterParts)
 OTHERS = "convlora.formats.read reads those of PEFT, LoCon and loralib"
 
@@ -41,12 +42,21 @@ def write_adapter(adapter: AdapterParts, path: str | os.PathLike[str]) -> None:
         for layer_path, layer in adapter.layers.items()
         for name, tensor in layer.tensors.items()
     }
+    for path_, copies in adapter.modules.items():
+        tensors |= {tensor_key(path_, name): tensor.detach().cpu().contiguous() for name, tensor in copies.items()}
+    known_to_first = not adapter.modules and adapter.config.norm_statistics == "adapter"
     metadata = {
         "format": FORMAT,
-        "convlora.format_version": str(VERSION),
+        "convlora.format_version": VERSIONS[0]
+        if known_to_first and not adapter.config.modules_to_save
+        else VERSIONS[1],
         "config": adapter.config.to_json(),
         "layers": layers_to_json(adapter.layers),
     }
+    if adapter.modules:
+        metadata["modules"] = json.dumps(
+            {p: list(copies) for p, copies in adapter.modules.items()}, separators=(",", ":")
+        )
     if adapter.fingerprint is not None:
         metadata["fingerprint"] = adapter.fingerprint
     metadata["checksum"] = checksum(tensors, metadata)
@@ -64,15 +74,16 @@ def read_adapter(make: type[A], path: str | os.PathLike[str]) -> A:
     if metadata.get("format") != FORMAT:
         raise ConvLoRAError(f"read: '{path}' is a safetensors file, but no convlora adapter; {OTHERS}")
     version = metadata.get("convlora.format_version", "")
-    if version != str(VERSION):
+    if version not in VERSIONS:
         raise ConvLoRAError(
-            f"read: '{path}' has format version {version!r}, this release reads {VERSION}; update convlora"
+            f"read: '{path}' has format version {version!r}, this release reads {VERSIONS[-1]}; update convlora"
         )
     if metadata.get("checksum") != checksum(tensors, metadata):
         raise ConvLoRAError(f"read: '{path}' was altered: its checksum does not match; fetch it again")
     try:
         config = AdapterConfig.from_json(metadata["config"])
-        return make(config, _layers(metadata["layers"], tensors), metadata.get("fingerprint"))
+        layers, modules = _placed(metadata["layers"], metadata.get("modules", "{}"), tensors)
+        return make(config, layers, metadata.get("fingerprint"), modules=modules)
     except ConvLoRAError as error:
         raise ConvLoRAError(f"read: '{path}': {error}") from None
     except Exception as error:
@@ -129,16 +140,27 @@ def layers_from_json(text: str) -> dict[str, LayerFactors]:
     return layers
 
 
-def _layers(text: str, tensors: Mapping[str, Tensor]) -> dict[str, LayerFactors]:
-    layers = layers_from_json(text)
+def _placed(
+    layers_text: str, modules_text: str, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, LayerFactors], dict[str, dict[str, Tensor]]]:
+    """The layers and the copies of a file with the tensors that are theirs."""
+    layers = layers_from_json(layers_text)
     own: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
-    orphans = []
+    modules: dict[str, dict[str, Tensor]] = {}
+    problems = Problems()
+    stated = parse_json(modules_text)
+    if type(stated) is not dict or not all(type(names) is list for names in stated.values()):
+        raise ValueError("modules are described by another thing than {path: [names]}")
+    copies = {tensor_key(path, str(name)): (path, str(name)) for path, names in stated.items() for name in names}
     for full, tensor in tensors.items():
         path, _, name = full.rpartition(".")
-        if path in own:
+        if full in copies:
+            modules.setdefault(copies[full][0], {})[copies[full][1]] = tensor
+        elif path in own:
             own[path][name] = tensor
         else:
-            orphans.append(full)
-    if orphans:
-        raise ConvLoRAError(f"unexpected: {', '.join(sorted(orphans))}")
-    return {path: replace(layer, tensors=own[path]) for path, layer in layers.items()}
+            problems.unexpected.append(full)
+    problems.missing += [full for full in copies if full not in tensors]
+    if problems:
+        raise ConvLoRAError(str(problems))
+    return {path: replace(layer, tensors=own[path]) for path, layer in layers.items()}, modules

@@ -46,6 +46,7 @@ class AdapterParts:
     layers: Mapping[str, LayerFactors]
     fingerprint: str | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -68,6 +69,12 @@ class AdapterParts:
                 elif not tensor.is_floating_point():
                     problems.mismatched.append(f"{tensor_key(path, name)} {tensor.dtype} instead of floating point")
                 elif not is_finite(tensor.to(torch.float32)):
+                    problems.non_finite.append(tensor_key(path, name))
+        for path, tensors in self.modules.items():
+            if path in self.layers:
+                problems.mismatched.append(f"{path} has factors and copies")
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not is_finite(tensor.to(torch.float32)):
                     problems.non_finite.append(tensor_key(path, name))
         problems.raise_if_any("Adapter")
 

@@ -42,6 +42,19 @@ def fuse_weight_exactly(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
     return rounded_once(total, weight.dtype)
 
 
+def difference(base: Tensor, copy: Tensor, strength: float, exact: bool = False) -> Tensor:
+    """`strength · (copy − base)`, the update by which a copy of a tensor acts at a strength; shapes as the base's.
+
+    In float32 (float64 for float64 tensors or `exact`).
+
+    Example:
+        >>> difference(torch.ones(2), torch.full((2,), 3.0), 0.5).tolist()
+        [1.0, 1.0]
+    """
+    dtype = torch.float64 if exact else torch.promote_types(base.dtype, torch.float32)
+    return (copy.to(dtype) - base.to(dtype)) * strength
+
+
 def rounded_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 values rounded once to a narrower dtype, ties to even.
 

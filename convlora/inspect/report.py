@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,14 +13,19 @@ from torch import Tensor, nn
 from convlora.inspect.flow import DataFlow, leaves_with_gradient, nested_leaves
 from convlora.inspect.restored import restored
 from convlora.layer.adapted import peek_base_tensor, slot_of, watching_reads
+from convlora.layer.copies import own_tensors
+from convlora.layer.lowrank import LowRank
 from convlora.model.switch import activate, disabled
-from convlora.model.traversal import adapted_layers, adapter_slots, refuse_sharded, require_adapters, unwrap_model
+from convlora.model.traversal import adapted_modules, adapter_slots, refuse_sharded, require_adapters, unwrap_model
 from convlora.support.table import text_table
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One adapter on one layer. `share` is of the layer's own weight and bias."""
+    """One adapter on one layer, or on a module that it has a copy of (`factors` is `"copy"`, `rank` 0).
+
+    `share` is of the layer's own weight and bias, or of the module's Parameters.
+    """
 
     name: str
     type: str
@@ -36,6 +43,7 @@ class Summary:
 
     Args:
         layers: one entry per layer and adapter.
+        statistics: adapter -> number of modules whose running statistics it has a copy of.
         trainable: parameters that require gradients: those of the adapters, and what was unfrozen after `inject`.
         base: parameters of the model without adapters.
         total: all parameters of the model, adapters included.
@@ -45,6 +53,7 @@ class Summary:
     trainable: int
     base: int
     total: int
+    statistics: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         columns = ["layer", "type", "shape", "adapter", "factors", "rank", "parameters", "share"]
@@ -55,7 +64,8 @@ class Summary:
         ]  # fmt: skip
         share = f" ({self.trainable / self.base:.2%} of the base)" if self.base else ""
         foot = f"{self.trainable:,} of {self.total:,} parameters train{share}"
-        return f"{text_table(columns, rows, right=3)}\n{foot}"
+        kept = [f"; {name!r} has running statistics of {count} modules" for name, count in self.statistics.items()]
+        return f"{text_table(columns, rows, right=3)}\n{foot}{''.join(kept)}"
 
 
 def summary(model: nn.Module) -> Summary:
@@ -71,24 +81,31 @@ def summary(model: nn.Module) -> Summary:
     """
     root = unwrap_model(model, "summary")
     entries = []
-    factor_ids: set[int] = set()
-    for path, layer in adapted_layers(root).items():
-        own = sum(
-            t.numel() for t in (peek_base_tensor(layer, "weight"), peek_base_tensor(layer, "bias")) if t is not None
-        )
-        for name in slot_of(layer).names():
-            low_rank = slot_of(layer).low_rank(name)
-            count = sum(p.numel() for p in low_rank.parameters())
-            factor_ids |= {id(p) for p in low_rank.parameters()}
-            base = getattr(type(layer), "_convlora_base").__name__  # noqa: B009, mypy knows no such attribute
-            entries.append(
-                LayerSummary(
-                    path, base, low_rank.spec.shape, name, low_rank.config.factors, low_rank.rank, count, count / own
+    statistics: Counter[str] = Counter()
+    brought: set[int] = set()
+    for path, module in adapted_modules(root).items():
+        kind = getattr(type(module), "_convlora_base").__name__  # noqa: B009, mypy knows no such attribute
+        own = own_tensors(module)
+        for name in slot_of(module).names():
+            entry = slot_of(module).entry(name)
+            count = sum(p.numel() for p in entry.parameters())
+            brought |= {id(p) for p in entry.parameters()}
+            if isinstance(entry, LowRank):
+                size = sum(t.numel() for n in ("weight", "bias") if (t := peek_base_tensor(module, n)) is not None)
+                row = LayerSummary(
+                    path, kind, entry.spec.shape, name, entry.config.factors, entry.rank, count, count / size
                 )
-            )
-    base_count = sum(p.numel() for p in root.parameters() if id(p) not in factor_ids)
+                entries.append(row)
+            elif count:
+                size = sum(t.numel() for t in own.values() if isinstance(t, nn.Parameter))
+                shape = tuple(next(entry.parameters()).shape)
+                entries.append(LayerSummary(path, kind, shape, name, "copy", 0, count, count / max(size, 1)))
+            elif entry.tensor_names():
+                statistics[name] += 1
+    base_count = sum(p.numel() for p in root.parameters() if id(p) not in brought)
     total = sum(p.numel() for p in root.parameters())
-    return Summary(entries, sum(p.numel() for p in root.parameters() if p.requires_grad), base_count, total)
+    trainable = sum(p.numel() for p in root.parameters() if p.requires_grad)
+    return Summary(entries, trainable, base_count, total, dict(statistics))
 
 
 @dataclass(frozen=True)
@@ -172,10 +189,13 @@ def audit(model: nn.Module, *inputs: Any, **named: Any) -> Audit:
     """
     root = require_adapters(model, "audit")
     refuse_sharded(root, "audit")
-    layers = adapted_layers(root)
+    layers = adapted_modules(root)
     found: dict[bool, _Run] = {}
     overwritten: set[int] = set()
     every = {name: 1.0 for slot in adapter_slots(root) for name in slot.names()}
+    # Copies of several adapters do not mix in train mode: then each adapter has its turn.
+    apart = any(slot.has_copies for slot in adapter_slots(root))
+    turns = [{name: 1.0} for name in every] if apart else [every]
     with (
         torch.random.fork_rng(enabled=True),
         torch.no_grad(),
@@ -191,28 +211,38 @@ def audit(model: nn.Module, *inputs: Any, **named: Any) -> Audit:
             before = {id(layer): _mark(layer) for layer in layers.values()}
             with DataFlow() as flow:
                 root(*inputs, **named)
-            activate(root, every)
             for layer in layers.values():
                 weight = layer._parameters.get("weight")
                 if _mark(layer) != before[id(layer)] or (weight is not None and flow.wrote_to(weight)):
                     overwritten.add(id(layer))
-                    slot_of(layer).activate({})  # what the model writes there passes on what the others do
-            found[training] = _run(root, inputs, named, training)
+            for acting in turns:
+                activate(root, acting)
+                for layer in layers.values():
+                    if id(layer) in overwritten:
+                        slot_of(layer).activate({})  # what the model writes there passes on what the others do
+                run = _run(root, inputs, named, training)
+                found[training] = run if training not in found else found[training].and_also(run)
     train, evaluation = found[True], found[False]
-    return Audit(
-        [
+    audits = []
+    for path, layer in layers.items():
+        factored = bool(slot_of(layer).low_ranks())
+        audits.append(
             LayerAudit(
                 path,
                 read_in_train=id(layer) in train.read,
                 read_in_eval=id(layer) in evaluation.read,
-                acts_in_train=id(layer) in train.acts,
-                acts_in_eval=id(layer) in evaluation.acts,
+                # Statistics that are read in train mode are moved, and no output depends on them.
+                acts_in_train=id(layer) in (train.acts if factored else train.read),
+                acts_in_eval=id(layer) in (evaluation.acts if factored else evaluation.read),
                 overwritten=id(layer) in overwritten,
                 trains=_trains(layer, train.trained),
             )
-            for path, layer in layers.items()
-        ]
-    )
+        )
+        if not any(True for _ in slot_of(layer).parameters()):
+            held = any(copies.tensors() for copies in slot_of(layer).copies().values())
+            if not (held and audits[-1].problem):  # statistics are worth a line only if something is wrong
+                audits.pop()
+    return Audit(audits)
 
 
 @dataclass(frozen=True)
@@ -223,15 +253,20 @@ class _Run:
     acts: set[int]
     trained: set[int] | None
 
+    def and_also(self, other: _Run) -> _Run:
+        trained = None if self.trained is None or other.trained is None else self.trained | other.trained
+        return _Run(self.read | other.read, self.acts | other.acts, trained)
+
 
 def _run(root: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], training: bool) -> _Run:
     held = [leaf for leaf in nested_leaves((root, inputs, named)) if isinstance(leaf, Tensor)]
     differentiable = not torch.is_inference_mode_enabled() and not any(t.is_inference() for t in held)
     read: set[int] = set()
 
-    def on_read(layer: nn.Module, weight: Tensor) -> None:
-        read.add(id(layer))
-        flow.mark(weight, id(layer))
+    def on_read(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        if tensor is not None and (name == "weight" or slot_of(module).has_copies):
+            read.add(id(module))
+            flow.mark(tensor, id(module))
 
     with torch.set_grad_enabled(training and differentiable), watching_reads(on_read), DataFlow(held) as flow:
         output = root(*inputs, **named)

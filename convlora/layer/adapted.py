@@ -1,9 +1,11 @@
-"""One layer becomes an adapted layer, and back.
+"""One module becomes an adapted one, and back.
 
-The layer's class changes to a cached subclass of its own class in which `weight` and `bias` are properties
-that read as the effective weight, `W + Σ ΔW`. The layer's `__dict__` stays as it was, but for one child module
-that holds the adapters. So base keys, `isinstance`, user subclasses with their own forward and code that reads
-`.weight` all keep working, and taking the child away restores the layer exactly.
+Its class changes to a cached subclass of its own class, with a property for each tensor that adapters change: `weight`
+and `bias` of a layer with factors read as the effective weight, `W + Σ ΔW`; a tensor of which an adapter has a copy
+reads as that copy. The module's `__dict__` stays as it was, but for one child module that holds the adapters. So base
+keys, `isinstance`, user subclasses with their own forward and code that reads `.weight` all keep working, code that
+writes into what it has read (BatchNorm's statistics) writes into the copy, and taking the child away restores the
+module exactly.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +21,15 @@ from torch import Tensor, nn
 
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
+from convlora.layer.copies import TensorCopies
 from convlora.layer.forms import training_form_of
-from convlora.layer.lowrank import LowRank
+from convlora.layer.loading import AdapterTensors
 from convlora.layer.sharded import is_managed, is_shard_root, is_sharded
 from convlora.layer.slot import Slot
 
 CHILD = "convlora"  # the child module's name, so `<layer>.convlora.<adapter>.lora_A` in a full checkpoint
+
+_FACTORED = ("bias", "weight")  # what factors update
 
 _BASES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 _STOCK = {base.forward for base in _BASES}
@@ -48,9 +53,12 @@ def why_not(layer: nn.Module) -> str | None:
         return f"its weight is {getattr(weight, 'dtype', type(weight).__name__)}, not floating point"
     if tuple(weight.shape) != _declared_shape(layer):
         return f"its weight has shape {tuple(weight.shape)}, its attributes say {_declared_shape(layer)}"
-    if not isinstance(layer, Adapted) and (CHILD in layer.__dict__ or CHILD in layer._modules):
-        return f"it has an attribute named {CHILD!r}"
-    return None
+    return f"it has an attribute named {CHILD!r}" if has_child_name(layer) else None
+
+
+def has_child_name(module: nn.Module) -> bool:
+    """Whether the name of the child that holds adapters is taken by something else."""
+    return not isinstance(module, Adapted) and (CHILD in module.__dict__ or CHILD in module._modules)
 
 
 def _declared_shape(layer: Any) -> tuple[int, ...]:
@@ -68,12 +76,12 @@ def weight_spec(layer: Any) -> WeightSpec:
 
 # --- the adapted layer -------------------------------------------------------------------------------------------
 
-_on_read: Callable[[nn.Module, Tensor], None] | None = None
+_on_read: Callable[[nn.Module, str, Tensor], None] | None = None
 
 
 @contextlib.contextmanager
-def watching_reads(on_read: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
-    """Inside the block, call `on_read(layer, weight)` whenever the effective weight of an adapted layer is read."""
+def watching_reads(on_read: Callable[[nn.Module, str, Tensor], None]) -> Iterator[None]:
+    """Inside the block, call `on_read(module, name, tensor)` whenever an effective tensor of an adapted one is read."""
     global _on_read
     before, _on_read = _on_read, on_read
     try:
@@ -87,6 +95,7 @@ class Adapted(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
     __slots__ = ()
     _convlora_base: type[nn.Module]
+    _convlora_shape: Shape
 
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:
@@ -96,8 +105,9 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
         return reduced
     rebuild, args, *state = reduced
     if rebuild is copyreg.__newobj__:  # type: ignore[attr-defined]
-        return _rebuild, (self._convlora_base, *args[1:]), *state
-    return _rebuild_by, (self._convlora_base, rebuild, *args), *state  # the class has a way of its own
+        return _rebuild, (self._convlora_base, self._convlora_shape, *args[1:]), *state
+    # the class has a way of its own
+    return _rebuild_by, (self._convlora_base, self._convlora_shape, rebuild, *args), *state
 
 
 def _reset_parameters(self: Any) -> None:
@@ -118,11 +128,13 @@ def _property(kind: str) -> property:
     def read(self: Any) -> Any:
         try:
             base = base_tensor(self, kind)
-            if base is None or is_sharded(base):  # sharded: whole only inside FSDP2's forward
+            if (base is None and not slot_of(self).has_copies) or is_sharded(
+                base
+            ):  # sharded: whole only inside FSDP2's forward
                 return base
-            value = slot_of(self).effective(base, kind)
-            if _on_read is not None and kind == "weight":
-                _on_read(self, value)
+            value = slot_of(self).effective(base, kind, self.training)
+            if _on_read is not None:
+                _on_read(self, kind, value)
             return value
         except _MissingError:
             raise
@@ -149,9 +161,11 @@ def _property(kind: str) -> property:
 
 
 def base_tensor(layer: nn.Module, kind: str) -> Any:
-    """The weight or bias without adapters: a Parameter, or what the layer computes (weight or spectral norm)."""
+    """A tensor without adapters: a Parameter, a buffer, or what the layer computes (weight or spectral norm)."""
     if kind in layer._parameters:
         return layer._parameters[kind]
+    if kind in layer._buffers:
+        return layer._buffers[kind]
     if kind in layer.__dict__:
         return layer.__dict__[kind]
     own = getattr(getattr(layer, "_convlora_base", type(layer)), kind, None)
@@ -179,31 +193,71 @@ def peek_base_tensor(layer: nn.Module, kind: str) -> Any:
         return base_tensor(layer, kind)
 
 
+def effective_names(module: Any) -> tuple[str, ...]:
+    """The names of the tensors of an adapted module that adapters may change."""
+    return module._convlora_shape[0]  # type: ignore[no-any-return]
+
+
+def effective_tensor(module: nn.Module, kind: str) -> Any:
+    """A tensor with the adapters that act for the caller, as in eval mode, looked at without effects."""
+    with without_side_effects(module):
+        return slot_of(module).effective(base_tensor(module, kind), kind)
+
+
 def slot_of(layer: Any) -> Slot:
     return layer._modules[CHILD]  # type: ignore[no-any-return]
 
 
-def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The adapted subclass of a layer class, made once and kept in the class itself, so both die together."""
-    made = base.__dict__.get("_convlora_adapted")
+Shape = tuple[tuple[str, ...], bool]  # of a class: the tensors that are properties, and whether `training` is one
+
+
+def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> type[nn.Module]:
+    """The adapted subclass of a module class, made once and kept in the class itself, so both die together."""
+    made = base.__dict__.get("_convlora_adapted", {}).get(shape)
     if made is None:
+        names, freezes = shape
         body: dict[str, Any] = {
             "__module__": base.__module__,  # fx takes a module for a leaf if its class comes from torch.nn
             "__doc__": base.__doc__,
             "__new__": _new,
             "__reduce_ex__": _reduce_ex,
-            "reset_parameters": _reset_parameters,
-            "weight": _property("weight"),
-            "bias": _property("bias"),
+            "__setattr__": _setattr,
+            **{name: _property(name) for name in names},
             "_convlora_base": base,
+            "_convlora_shape": shape,
         }
+        if not set(names) - {*_FACTORED}:
+            del body["__setattr__"]  # FSDP2 has a quick path for modules without
+        if hasattr(base, "reset_parameters"):
+            body["reset_parameters"] = _reset_parameters
+        if freezes:
+            body["training"] = property(_reads_training, _writes_training)
         if base.forward in _STOCK:
             body["forward"] = _forward(base)
         made = type(base)(  # type: ignore[misc]
             f"Adapted{base.__name__}", (base, Adapted), body
         )  # base first: it decides the memory layout
-        base._convlora_adapted = made  # type: ignore[attr-defined]
+        if "_convlora_adapted" not in base.__dict__:
+            base._convlora_adapted = {}  # type: ignore[attr-defined]
+        base._convlora_adapted[shape] = made  # type: ignore[attr-defined]
     return made  # type: ignore[no-any-return]
+
+
+def _setattr(self: Any, name: str, value: Any) -> None:
+    """A module that assigns a buffer, rather than writing into it, moves the copy, too."""
+    if name in self._buffers and isinstance(value, Tensor) and (copies := slot_of(self).own_buffer(name)) is not None:
+        copies._buffers[name] = value
+    else:
+        self._convlora_base.__setattr__(self, name, value)
+
+
+def _reads_training(self: Any) -> bool:
+    """Eval mode for a module whose statistics are frozen: it normalises with them."""
+    return bool(self.__dict__["training"]) and not slot_of(self).freezes_statistics()
+
+
+def _writes_training(self: Any, value: bool) -> None:
+    self.__dict__["training"] = value
 
 
 def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
@@ -231,14 +285,14 @@ def _new(kind: Any, *args: Any, **keywords: Any) -> nn.Module:
     return kind._convlora_base.__new__(kind)  # type: ignore[no-any-return]
 
 
-def _rebuild(base: type[nn.Module], *args: Any) -> nn.Module:
-    return base.__new__(adapted_class(base), *args)
+def _rebuild(base: type[nn.Module], shape: Shape, *args: Any) -> nn.Module:
+    return base.__new__(adapted_class(base, shape), *args)
 
 
-def _rebuild_by(base: type[nn.Module], rebuild: Any, *args: Any) -> nn.Module:
+def _rebuild_by(base: type[nn.Module], shape: Shape, rebuild: Any, *args: Any) -> nn.Module:
     layer: nn.Module = rebuild(*args)
     if type(layer) is base:
-        layer.__class__ = adapted_class(base)
+        layer.__class__ = adapted_class(base, shape)
         layer._modules.setdefault(CHILD, Slot())  # until the state brings the real one
     return layer
 
@@ -249,23 +303,43 @@ def is_stacked(layer: nn.Module) -> bool:
     return isinstance(layer, Adapted) and "_convlora_base" not in kind.__dict__
 
 
-def adapt(layer: nn.Module, name: str, low_rank: LowRank) -> None:
-    """Put an adapter on a layer, acting at strength 1."""
-    if not isinstance(layer, Adapted):
-        layer._modules[CHILD] = Slot().train(layer.training)
-        layer.__class__ = adapted_class(type(layer))
-    slot = slot_of(layer)
-    slot._modules[name] = low_rank.train(layer.training)
+def class_shape(entries: Iterable[AdapterTensors]) -> Shape:
+    """What the class of a module needs to have for what adapters hold of it."""
+    entries = list(entries)
+    copies = [entry for entry in entries if isinstance(entry, TensorCopies)]
+    factored = _FACTORED if len(copies) < len(entries) else ()
+    names = dict.fromkeys([*factored, *(name for entry in copies for name in entry.tensor_names())])
+    return tuple(sorted(names)), any(entry.freezes for entry in copies)
+
+
+def adapt(module: nn.Module, name: str, entry: AdapterTensors) -> None:
+    """Put what an adapter has for a module, factors or copies, on it, acting at strength 1."""
+    if not isinstance(module, Adapted):
+        module._modules[CHILD] = Slot().train(module.training)
+        module.__class__ = adapted_class(type(module), class_shape([entry]))
+    slot = slot_of(module)
+    slot._modules[name] = entry.train(module.__dict__["training"])
     slot.active = (*slot.active, name)
-    slot._fused.clear()
+    _fit_class(module)
 
 
-def release(layer: nn.Module, name: str) -> None:
-    """Take an adapter from a layer; with the last one the layer is what it was."""
-    slot = slot_of(layer)
+def release(module: nn.Module, name: str) -> None:
+    """Take what an adapter has from a module; with the last one the module is what it was."""
+    slot = slot_of(module)
     del slot._modules[name]
     slot.active = tuple(other for other in slot.active if other != name)
+    if slot._modules:
+        _fit_class(module)
+    else:
+        slot._fused.clear()
+        del module._modules[CHILD]
+        module.__class__ = module._convlora_base  # type: ignore[assignment]
+
+
+def _fit_class(module: Any) -> None:
+    slot = slot_of(module)
     slot._fused.clear()
-    if not slot._modules:
-        del layer._modules[CHILD]
-        layer.__class__ = layer._convlora_base  # type: ignore[assignment]
+    slot.has_copies = bool(slot.copies())
+    shape = class_shape(slot._modules.values())  # type: ignore[arg-type]
+    if shape != module._convlora_shape:
+        module.__class__ = adapted_class(module._convlora_base, shape)

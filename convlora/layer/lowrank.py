@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
 from convlora.factors.base import Factorization, WeightSpec, get_factors
+from convlora.layer.loading import AdapterTensors
 from convlora.layer.sharded import sharded_like
 
 
-class LowRank(nn.Module):
+class LowRank(AdapterTensors):
     """The factors of one adapter on one layer; calling it gives the scaled update of `weight` or `bias`."""
 
     _gain: Tensor
@@ -56,6 +55,10 @@ class LowRank(nn.Module):
     @property
     def factorization(self) -> Factorization:
         return get_factors(self.config.factors)
+
+    def updates(self, kind: str) -> bool:
+        """Whether it has an update of the weight, or of the bias."""
+        return kind == "weight" or self._has_bias
 
     @property
     def scale(self) -> float:
@@ -116,7 +119,10 @@ class LowRank(nn.Module):
             return wide["lora_bias"] * self.strength
         return self.spec.from_convolution(self.factorization.delta(wide, self.spec)) * (self.strength * self.scale)
 
-    def _follow(self) -> None:
+    def tensor_names(self) -> Iterable[str]:
+        return self.factors()
+
+    def follow(self) -> None:
         """Bring the scale to the device of the factors, which `load_state_dict(assign=True)` may have changed."""
         device = getattr(self, self._tensors[0]).device
         if self._gain.device != device:
@@ -139,47 +145,3 @@ class LowRank(nn.Module):
             self.reset_parameters()
         self.set_strength(self.strength)
         return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Loading a base checkpoint passes over the adapter; a checkpoint with half an adapter is reported."""
-        own = [prefix + name for name in self.factors()]
-        passed_over = _loading.of(missing_keys).setdefault(self.config.name, ([], []))
-        found, absent = passed_over
-        if any(key in state_dict for key in own):
-            found.append(prefix)
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-            self._follow()
-        else:
-            absent.extend(own)
-        if found:  # other layers of this adapter are in the checkpoint: then these should be, too
-            missing_keys.extend(absent)
-            absent.clear()
-
-
-class _Loading(threading.local):
-    """What the running `load_state_dict` call has found of each adapter.
-
-    A call is recognised by its `missing_keys` list, which every module it visits is handed.
-    """
-
-    missing_keys: list[str] | None = None
-    adapters: dict[str, tuple[list[str], list[str]]]
-
-    def of(self, missing_keys: list[str]) -> dict[str, tuple[list[str], list[str]]]:
-        if self.missing_keys is not missing_keys:
-            self.missing_keys, self.adapters = missing_keys, {}
-        return self.adapters
-
-
-_loading = _Loading()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
-from convlora.factors.fuse import fuse_weight, fuse_weight_exactly
+from convlora.factors.fuse import difference, fuse_weight, fuse_weight_exactly
 from convlora.layer.context import chosen, refuse_choice_in_graph
+from convlora.layer.copies import TensorCopies
+from convlora.layer.loading import AdapterTensors
 from convlora.layer.lowrank import LowRank
 from convlora.layer.rows import SampleRows
 
@@ -32,6 +34,7 @@ class Slot(nn.Module):
     """
 
     choices = 0  # of callers, by `using` and `per_sample`
+    has_copies = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,24 +49,32 @@ class Slot(nn.Module):
         state.pop("choices", None)  # are those of callers, who do not know the copy
         return state
 
-    def low_rank(self, name: str) -> LowRank:
+    def entry(self, name: str) -> AdapterTensors:
         return self._modules[name]  # type: ignore[return-value]
 
     def names(self) -> list[str]:
         return list(self._modules)
 
+    def low_ranks(self) -> dict[str, LowRank]:
+        """Adapter name -> factors, of those that update this layer."""
+        return {name: entry for name, entry in self._modules.items() if isinstance(entry, LowRank)}
+
+    def copies(self) -> dict[str, TensorCopies]:
+        """Adapter name -> copies, of those that have some of this module's tensors."""
+        return {name: entry for name, entry in self._modules.items() if isinstance(entry, TensorCopies)}
+
     def activate(self, strengths: Mapping[str, float]) -> None:
         """Let the named adapters act, those that this layer has."""
         self.active = tuple(name for name in self._modules if strengths.get(name))
         for name in self.active:
-            if self.low_rank(name).strength != strengths[name]:  # a write could come between a forward and its backward
-                self.low_rank(name).set_strength(strengths[name])
+            if self.entry(name).strength != strengths[name]:  # a write could come between a forward and its backward
+                self.entry(name).set_strength(strengths[name])
         self._before_merge = None
         if self.merged or not self.active:
             self._fused.clear()  # else what was kept is replaced by the next forward: to free it here takes time
 
     def strengths(self) -> dict[str, float]:
-        return {name: self.low_rank(name).strength for name in self.active}
+        return {name: self.entry(name).strength for name in self.active}
 
     def merge(self, strengths: Mapping[str, float] | None, exact: bool) -> None:
         """Use one fused weight, of the active adapters or of others until `unmerge`; `exact`: formed in float64."""
@@ -91,8 +102,10 @@ class Slot(nn.Module):
 
     # --- what acts
 
-    def effective(self, base: Tensor, kind: str) -> Tensor:
-        """The base weight or bias with the adapters that act for the caller; `base` itself if none acts on it."""
+    def effective(self, base: Any, kind: str, training: bool = False) -> Any:
+        """The base tensor of a name with the adapters that act for the caller; `base` itself if none acts on it."""
+        if self.has_copies:
+            return self._with_copies(base, kind, training)
         if torch.compiler.is_compiling():
             refuse_choice_in_graph()
             return self._in_graph(base, kind)
@@ -105,21 +118,34 @@ class Slot(nn.Module):
         acting = self._acting(self.strengths(), kind)
         return self._live(base, kind, acting, kind) if acting else base
 
+    def acting(self) -> dict[str, float]:
+        """Adapter name -> strength, of those that act for the caller."""
+        if torch.compiler.is_compiling():
+            refuse_choice_in_graph()
+        elif self.choices and (choice := chosen(self)) is not None:
+            return {} if choice.rows is not None else {n: s for n in self._modules if (s := choice.strengths.get(n))}
+        return self.strengths()
+
+    def freezes_statistics(self) -> bool:
+        """Whether an acting adapter says that the module's running statistics stay the base's."""
+        return any(isinstance(entry := self._modules[name], TensorCopies) and entry.freezes for name in self.acting())
+
     def _acting(self, strengths: Mapping[str, float], kind: str) -> Acting:
-        named = ((self.low_rank(name), strength) for name, strength in strengths.items() if name in self._modules)
-        return [(low_rank, s) for low_rank, s in named if s and (kind == "weight" or low_rank._has_bias)]
+        named = [(self._modules.get(name), strength) for name, strength in strengths.items() if strength]
+        return [(entry, s) for entry, s in named if isinstance(entry, LowRank) and entry.updates(kind)]
 
     def only_acting(self) -> tuple[LowRank, float] | None:
         """The one adapter that acts for the caller, live, and its strength; None if it is not one."""
+        if self.has_copies:
+            return None
         if self.choices and (choice := chosen(self)) is not None:
             acting = self._acting(choice.strengths, "weight")
-        elif self.merged or len(self.active) != 1:
+            return acting[0] if len(acting) == 1 else None  # type: ignore[return-value]
+        if self.merged or len(self.active) != 1:
             return None
-        else:
-            self._fused.clear()  # kept while nothing trained
-            low_rank = self.low_rank(self.active[0])
-            return low_rank, low_rank.strength
-        return acting[0] if len(acting) == 1 else None  # type: ignore[return-value]
+        self._fused.clear()  # kept while nothing trained
+        low_rank = self.entry(self.active[0])
+        return low_rank, low_rank.strength  # type: ignore[return-value]
 
     def sample_rows(self) -> SampleRows | None:
         """Which rows of the input have which adapter, if the caller has said so."""
@@ -144,13 +170,66 @@ class Slot(nn.Module):
             raise ConvLoRAError("per_sample: a weight is read by something else than its layer; run the samples apart")
         return {} if row[1] is None else {row[1]: 1.0}
 
+    # --- copies
+
+    def _with_copies(self, base: Any, kind: str, training: bool) -> Any:
+        """The tensor of a module of which an adapter has copies: one copy itself, or a mixture."""
+        strengths = self.acting()
+        copies = [(entry, s) for n, s in strengths.items() if (entry := self._copy_of(n, kind)) is not None]
+        updates = self._acting(strengths, kind) if kind in ("weight", "bias") else []
+        if not copies and not updates:
+            return base
+        if copies and training and kind in _buffer_names(copies):
+            return self._moving(copies, kind)
+        dropout = not self.merged
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.merged):
+            if not copies:
+                return self._compose(base, kind, updates, dropout=dropout, exact=self._exact and self.merged)
+            last, strength = copies[-1]
+            whole = last.tensor(kind)
+            if not whole.is_floating_point() or (len(copies) == 1 and not updates and strength == 1.0):
+                return whole.detach() if self.merged and whole.requires_grad else whole
+            if base is None or base.shape != whole.shape:
+                raise ConvLoRAError(
+                    f"'{kind}' has another shape than the base's: its copy acts at strength 1 or not at all"
+                )
+            return self._compose(base, kind, updates, copies, dropout=dropout, exact=self._exact and self.merged)
+
+    def _copy_of(self, name: str, kind: str) -> TensorCopies | None:
+        entry = self._modules[name]
+        return entry if isinstance(entry, TensorCopies) and entry.holds(kind) else None
+
+    def _moving(self, copies: list[tuple[TensorCopies, float]], kind: str) -> Tensor:
+        """In train mode a module writes its buffers: those of the one adapter that trains.
+
+        Raises:
+            ConvLoRAError: several act, and not one of them trains.
+        """
+        moving = [entry for entry, _ in copies]
+        if len(moving) > 1:
+            moving = [entry for entry in moving if entry.trains()]
+        if len(moving) != 1:
+            names = [entry.config.name for entry, _ in copies]
+            raise ConvLoRAError(
+                f"train mode: {names} act together and {len(moving)} of them train, so statistics cannot move;"
+                " activate one, or freeze the parameters of all but one"
+            )
+        return moving[0].tensor(kind)
+
+    def own_buffer(self, kind: str) -> TensorCopies | None:
+        """Whose copy a module writes when it assigns a buffer; None: the base's."""
+        copies = [(entry, s) for n, s in self.acting().items() if (entry := self._copy_of(n, kind)) is not None]
+        if not copies:
+            return None
+        self._moving(copies, kind)
+        return next(entry for entry, _ in copies if len(copies) == 1 or entry.trains())
+
     # --- the effective tensor
 
     def _in_graph(self, base: Tensor, kind: str) -> Tensor:
         """In a compiled or exported graph, which cannot see a tensor change: it forms the weight itself."""
-        acting: Acting = [
-            (self.low_rank(name), None) for name in self.active if kind == "weight" or self.low_rank(name)._has_bias
-        ]
+        low_ranks = (self.entry(name) for name in self.active)
+        acting: Acting = [(entry, None) for entry in low_ranks if isinstance(entry, LowRank) and entry.updates(kind)]
         if not acting:
             return base
         if not self.merged:
@@ -212,19 +291,30 @@ class Slot(nn.Module):
 
     def swap(self, name: str, factors: Mapping[str, Tensor], config: AdapterConfig, alpha: float) -> None:
         """Make an adapter that of another file with the same shapes, in place."""
-        self.low_rank(name).copy_(factors)
-        self.low_rank(name).configure(config, alpha)
+        low_rank = self.low_ranks()[name]
+        low_rank.copy_(factors)
+        low_rank.configure(config, alpha)
         self._fused.clear()
 
-    def _compose(self, base: Tensor, kind: str, acting: Acting, *, dropout: bool = True, exact: bool = False) -> Tensor:
+    def _compose(
+        self,
+        base: Tensor,
+        kind: str,
+        acting: Acting,
+        copies: Sequence[tuple[TensorCopies, float]] = (),
+        *,
+        dropout: bool = True,
+        exact: bool = False,
+    ) -> Tensor:
+        mixed = [difference(base, entry.tensor(kind), strength, exact) for entry, strength in copies]
         if exact:
-            return fuse_weight_exactly(base, [low_rank.in_float64(kind) for low_rank, _ in acting])
+            return fuse_weight_exactly(base, [*(low_rank.in_float64(kind) for low_rank, _ in acting), *mixed])
         # Called as modules, so that hooks (FSDP2 unshards in one) run.
         device = base.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return fuse_weight(base, [low_rank(kind, dropout, strength) for low_rank, strength in acting])
-        return fuse_weight(base, [low_rank(kind, dropout, strength) for low_rank, strength in acting])
+                return fuse_weight(base, [*(low_rank(kind, dropout, s) for low_rank, s in acting), *mixed])
+        return fuse_weight(base, [*(low_rank(kind, dropout, s) for low_rank, s in acting), *mixed])
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._fused.clear()
@@ -234,6 +324,10 @@ class Slot(nn.Module):
         self._fused.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _buffer_names(copies: list[tuple[TensorCopies, float]]) -> set[str]:
+    return {name for entry, _ in copies for name in entry._buffers}
 
 
 def _is_lasting(tensor: Tensor) -> bool:

@@ -1,39 +1,46 @@
-"""How merged values get into plain layers, when `remove` takes the adapters of a merged model away."""
+"""How merged values get into plain modules, when `remove` takes the adapters of a merged model away."""
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
-from convlora.layer.adapted import base_tensor, without_side_effects
-from convlora.model.traversal import own_parameters
+from convlora.layer.adapted import effective_names, effective_tensor, peek_base_tensor
+from convlora.layer.copies import own_tensors
+from convlora.model.traversal import base_modules
 
 
-def plan_baking(root: nn.Module, merged_layers: Sequence[nn.Module]) -> list[Callable[[], None]]:
-    """How the merged values get into the plain layers; to be carried out once the layers are plain."""
-    owners = Counter(id(p) for module in root.modules() for p in own_parameters(module).values())
+def plan_baking(root: nn.Module, merged: Sequence[nn.Module]) -> list[Callable[[], None]]:
+    """How the merged values get into the plain modules; to be carried out once the modules are plain."""
+    owners = Counter(id(t) for _, module in base_modules(root) for t in own_tensors(module).values())
+    values: dict[int, list[tuple[nn.Module, str, Any, Tensor]]] = {}  # by base tensor
+    for module in merged:
+        for kind in effective_names(module):
+            base, value = peek_base_tensor(module, kind), effective_tensor(module, kind)
+            if value is not None and value is not base:
+                values.setdefault(id(base), []).append((module, kind, base, value.detach()))
     steps: list[Callable[[], None]] = []
     untied = baked = 0
-    for layer, kind in itertools.product(merged_layers, ("weight", "bias")):
-        with without_side_effects(layer):
-            base, value = base_tensor(layer, kind), getattr(layer, kind)
-        if base is value or value is None:
-            continue
-        value = value.detach()
-        if kind not in layer._parameters:
-            steps.append(_bare(layer, kind, value))
-            baked += 1
-        elif owners[id(base)] > 1:
-            steps.append(_set(layer, kind, value, base.requires_grad))
-            untied += 1
-        else:
+    for placed in values.values():
+        _, _, base, value = placed[0]
+        if isinstance(base, nn.Parameter) and len(placed) == owners[id(base)] and _is_one([v for *_, v in placed]):
             steps.append(_assign(base, value))
+            continue
+        for module, kind, base, value in placed:
+            if kind in module._buffers:
+                steps.append(_set_buffer(module, kind, value))
+            elif kind in module._parameters:
+                steps.append(_set(module, kind, value, base is not None and base.requires_grad))
+                untied += base is not None
+            else:
+                steps.append(_bare(module, kind, value))
+                baked += 1
     if untied:
         warnings.warn(
             f"remove: {untied} shared Parameters were untied to keep merged values", ConvLoRAWarning, stacklevel=3
@@ -70,6 +77,18 @@ def _own_class(kind: type[nn.Module]) -> type[nn.Module]:
     """A copy of a parametrized layer's class: torch takes properties off the class, which copies of the layer share."""
     body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
     return type(kind)(kind.__name__, kind.__bases__, body)  # type: ignore[misc, no-any-return]
+
+
+def _is_one(values: Sequence[Tensor]) -> bool:
+    """Whether tensors are one in memory."""
+    return all((v.data_ptr(), v.shape) == (values[0].data_ptr(), values[0].shape) for v in values)
+
+
+def _set_buffer(module: nn.Module, kind: str, value: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        module._buffers[kind] = value
+
+    return step
 
 
 def _set(layer: nn.Module, kind: str, value: Tensor, requires_grad: bool) -> Callable[[], None]:

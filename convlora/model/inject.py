@@ -7,34 +7,46 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from convlora.config import AdapterConfig, Targets
+from convlora.adapter.parts import tensor_key
+from convlora.config import AdapterConfig, Target, Targets
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.factors.base import WeightSpec, get_factors
-from convlora.layer.adapted import Adapted, adapt, adapted_class, peek_base_tensor, release, slot_of, weight_spec
+from convlora.layer.adapted import (
+    CHILD,
+    Adapted,
+    adapt,
+    adapted_class,
+    has_child_name,
+    peek_base_tensor,
+    release,
+    slot_of,
+    weight_spec,
+)
+from convlora.layer.copies import TensorCopies, copied, own_tensors, statistics_names
+from convlora.layer.loading import AdapterTensors
 from convlora.layer.lowrank import LowRank
 from convlora.model.bake import plan_baking
+from convlora.model.outside import freeze_base, is_frozen, thaw_base
 from convlora.model.traversal import (
-    adapted_layers,
+    adapted_modules,
     adapter_slots,
     adapters,
-    own_parameters,
+    base_modules,
     refuse_stacked,
     refuse_wrapped,
     require_adapters,
     unwrap_model,
 )
-from convlora.targets import describe_target, select_layers, values_by_layer
+from convlora.targets import describe_target, select_layers, select_modules, values_by_layer
 
 M = TypeVar("M", bound=nn.Module)
-
-_FROZEN = "_convlora_frozen"  # on a module while adapters are there: the parameters that inject froze
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,17 @@ class Placement:
     alpha: float
     bias: bool
     factors: Mapping[str, Tensor] | None = None  # None: start at ΔW = 0
+
+
+@dataclass(frozen=True)
+class CopyPlacement:
+    """One adapter's copies of tensors of one module, decided but not yet made."""
+
+    path: str
+    module: nn.Module
+    names: Sequence[str]
+    values: Mapping[str, Tensor] | None = None  # None: start as the base's
+    freezes: bool = False
 
 
 def inject(
@@ -65,6 +88,8 @@ def inject(
     init: str = "default",
     bias: bool = False,
     rank_dropout: float = 0.0,
+    modules_to_save: Targets = (),
+    norm_statistics: str = "adapter",
     config: AdapterConfig | None = None,
 ) -> M:
     """Add a named adapter to every layer that the targets select, and freeze the base.
@@ -88,11 +113,13 @@ def inject(
         config = AdapterConfig(
             targets=targets, rank=rank, alpha=alpha, factors=factors, name=name, exclude=exclude, ranks=ranks,
             alphas=alphas, rank_scaling=rank_scaling, init=init, bias=bias, rank_dropout=rank_dropout,
+            modules_to_save=modules_to_save, norm_statistics=norm_statistics,
         )  # fmt: skip
     else:
         given = dict(
             targets=targets, rank=rank, alpha=alpha, factors=factors, name=name, exclude=exclude, ranks=ranks,
             alphas=alphas, rank_scaling=rank_scaling, init=init, bias=bias, rank_dropout=rank_dropout,
+            modules_to_save=modules_to_save, norm_statistics=norm_statistics,
         )  # fmt: skip
         defaults = inspect.signature(inject).parameters
         both = [key for key, value in given.items() if value != defaults[key].default]
@@ -103,7 +130,12 @@ def inject(
         if not isinstance(config, AdapterConfig):
             raise ConvLoRAError(f"inject: config (={config!r}) must be an AdapterConfig")
     root = check_injectable(model, config, "inject")
+    copies = plan_copies(root, config, "inject")
     layers, idle = select_layers(root, config.targets, config.exclude, "inject")  # type: ignore[arg-type]
+    saved = {id(module) for module in modules_to_save_of(root, config, "inject").values()}
+    layers = {path: layer for path, layer in layers.items() if id(layer) not in saved}
+    if not layers:
+        raise ConvLoRAError("inject: modules_to_save leaves no layer of those that the targets select")
     for target in idle:
         warnings.warn(f"inject: exclude {describe_target(target)} matches no layer", ConvLoRAWarning, stacklevel=2)
     layer_ranks = values_by_layer(config.ranks, config.rank, layers, "inject", "ranks")
@@ -119,8 +151,74 @@ def inject(
     if config.bias and not any(placement.bias for placement in plan):
         raise ConvLoRAError(f"inject: bias=True, but none of the {len(plan)} layers has a bias")
     _warn_oversized(plan, config)
-    place_adapter(root, plan, named_targets(config, list(layers), root))
+    place_adapter(root, plan, copies, named_targets(config, list(layers), root))
     return model
+
+
+def modules_to_save_of(root: nn.Module, config: AdapterConfig, operation: str) -> dict[str, nn.Module]:
+    """Module name -> module with tensors of its own, of those that the config saves with all below them.
+
+    Raises:
+        ConvLoRAError: a pattern selects nothing, or only modules without tensors.
+    """
+    targets: Sequence[Target] = config.modules_to_save  # type: ignore[assignment]
+    chosen = select_modules(root, targets, operation, "modules_to_save") if targets else {}
+    inside = {id(inner) for module in chosen.values() for _, inner in base_modules(module)}
+    found = {path: module for path, module in base_modules(root) if id(module) in inside and own_tensors(module)}
+    if chosen and not found:
+        raise ConvLoRAError(f"{operation}: modules_to_save selects {sorted(chosen)}, which hold no tensors")
+    return found
+
+
+def plan_copies(root: nn.Module, config: AdapterConfig, operation: str) -> list[CopyPlacement]:
+    """What an adapter is to have copies of: all of the modules to save, and statistics elsewhere."""
+    saved = modules_to_save_of(root, config, operation)
+    plan = [CopyPlacement(path, module, list(own_tensors(module))) for path, module in saved.items()]
+    plan += plan_statistics(root, config, {id(module) for module in saved.values()}, operation)
+    for placement in plan:
+        check_copyable(placement.path, placement.module, operation)
+    copied = {id(t) for p in plan for n, t in own_tensors(p.module).items() if n in p.names}
+    ties = [
+        tensor_key(path, name)
+        for path, module in base_modules(root)
+        for name, tensor in own_tensors(module).items()
+        if id(tensor) in copied and not any(module is p.module and name in p.names for p in plan)
+    ]
+    if ties:
+        warnings.warn(
+            f"{operation}: {', '.join(ties)} shared with modules_to_save, and of a module that is not among them;"
+            " it stays the base's: name both modules to keep them tied",
+            ConvLoRAWarning,
+            stacklevel=3,
+        )
+    return plan
+
+
+def plan_statistics(
+    root: nn.Module, config: AdapterConfig, beside: Container[int], operation: str
+) -> list[CopyPlacement]:
+    """Copies of running statistics, or that they are frozen, as the config says, but for the modules in `beside`."""
+    keeping = [(p, m) for p, m in base_modules(root) if id(m) not in beside and statistics_names(m)]
+    if config.norm_statistics == "base":
+        if keeping:
+            warnings.warn(
+                f"{operation}: norm_statistics='base': the statistics of {len(keeping)} modules"
+                f" (first: '{keeping[0][0]}') move in train mode, in the base itself, and no adapter has them",
+                ConvLoRAWarning,
+                stacklevel=4,
+            )
+        return []
+    freezes = config.norm_statistics == "frozen"
+    return [CopyPlacement(p, m, [] if freezes else statistics_names(m), freezes=freezes) for p, m in keeping]
+
+
+def check_copyable(path: str, module: nn.Module, operation: str) -> None:
+    """Refuse a module of which no copies can be had, before anything is changed."""
+    if has_child_name(module):
+        raise ConvLoRAError(f"{operation}: '{path}' cannot be copied: it has an attribute named {CHILD!r}")
+    if any(nn.parameter.is_lazy(tensor) for tensor in own_tensors(module).values()):
+        raise ConvLoRAError(f"{operation}: '{path}' has no shape yet (run one batch through the model first)")
+    check_adaptable(path, module, operation)
 
 
 def check_injectable(model: Any, config: AdapterConfig, operation: str) -> nn.Module:
@@ -139,23 +237,34 @@ def check_injectable(model: Any, config: AdapterConfig, operation: str) -> nn.Mo
     return root
 
 
-def place_adapter(root: nn.Module, plan: Sequence[Placement], config: AdapterConfig) -> None:
-    """Carry out a checked plan: make all factors, then put them in and freeze the base."""
-    made = []
+def place_adapter(
+    root: nn.Module, plan: Sequence[Placement], copies: Sequence[CopyPlacement], config: AdapterConfig
+) -> None:
+    """Carry out a checked plan: make all factors and copies, then put them in and freeze the base."""
+    made: list[tuple[nn.Module, AdapterTensors]] = []
     for p in plan:
         check_adaptable(p.path, p.layer, "inject")
     with torch.inference_mode(False):  # factors are to be trained and switched outside it, too
         for p in plan:
             device = peek_base_tensor(p.layer, "weight").device
             try:
-                made.append(
-                    LowRank(config, p.spec, rank=p.rank, alpha=p.alpha, device=device, factors=p.factors, bias=p.bias)
+                low_rank = LowRank(
+                    config, p.spec, rank=p.rank, alpha=p.alpha, device=device, factors=p.factors, bias=p.bias
                 )
             except (RuntimeError, TypeError, OverflowError) as error:
                 raise ConvLoRAError(f"inject: no factors of rank {p.rank} for '{p.path}' ({error})") from error
-    _freeze(root)
-    for p, low_rank in zip(plan, made, strict=True):
-        adapt(p.layer, config.name, low_rank)
+            made.append((p.layer, low_rank))
+        shared: dict[int, Tensor] = {}  # tied tensors stay tied
+        for c in copies:
+            tensors = {n: copied(c.module, n, shared, (c.values or {}).get(n)) for n in c.names}
+            made.append((c.module, TensorCopies(config, tensors, freezes=c.freezes)))
+    entries: list[nn.Module] = [entry for _, entry in made]
+    for entry in entries:
+        if isinstance(entry, TensorCopies):
+            entry.adapter_modules = entries
+    freeze_base(root)
+    for module, entry in made:
+        adapt(module, config.name, entry)
 
 
 def check_adaptable(path: str, layer: nn.Module, operation: str) -> None:
@@ -172,6 +281,10 @@ def check_adaptable(path: str, layer: nn.Module, operation: str) -> None:
 
 def named_targets(config: AdapterConfig, selected: Sequence[str], root: nn.Module) -> AdapterConfig:
     """The config with classes and callables replaced by the names of the layers selected: plain data."""
+    saved: Sequence[Target] = config.modules_to_save  # type: ignore[assignment]
+    if not all(isinstance(target, str) for target in saved):
+        chosen = select_modules(root, saved, "inject", "modules_to_save")
+        config = config.replace(modules_to_save=tuple(f"re:{re.escape(name)}" for name in chosen))
     if all(isinstance(target, str) for target in (*config.targets, *config.exclude)):  # type: ignore[misc]
         return config
     names = [name for name, _ in root.named_modules(remove_duplicate=False)]
@@ -202,58 +315,24 @@ def remove(model: M, name: str | None = None) -> M:
     """
     refuse_wrapped(model, "remove")
     root = unwrap_model(model, "remove")
-    if name is None and not adapters(root) and any(_FROZEN in module.__dict__ for module in root.modules()):
-        _thaw(root, [])  # the adapters went with a part of the model, `remove(model.body)`
+    if name is None and not adapters(root) and is_frozen(root):
+        thaw_base(root, [])  # the adapters went with a part of the model, `remove(model.body)`
         return model
     require_adapters(root, "remove", [name] if name is not None else [])
     refuse_stacked(root, "remove")
-    layers = list(adapted_layers(root).values())
-    merged = [layer for layer in layers if slot_of(layer).merged]
-    going = {layer: [n for n in slot_of(layer).names() if name in (None, n)] for layer in layers}
-    if any(going[layer] and going[layer] != slot_of(layer).names() for layer in merged):
+    modules = list(adapted_modules(root).values())
+    merged = [module for module in modules if slot_of(module).merged]
+    going = {module: [n for n in slot_of(module).names() if name in (None, n)] for module in modules}
+    if merged and name is not None and len(adapters(root)) > 1:
         raise ConvLoRAError(f"remove: {name!r} is one of several merged adapters; unmerge first")
-    bake = plan_baking(root, [layer for layer in merged if going[layer]])
-    for layer, names in going.items():
+    bake = plan_baking(root, [module for module in merged if going[module]])
+    for module, names in going.items():
         for n in names:
-            release(layer, n)
+            release(module, n)
     for step in bake:
         step()
-    _thaw(root, [layer for layer, names in going.items() if names and not isinstance(layer, Adapted)])
+    thaw_base(root, [module for module, names in going.items() if names and not isinstance(module, Adapted)])
     return model
-
-
-def _freeze(root: nn.Module) -> None:
-    trainable = {
-        id(p)
-        for m in root.modules()
-        if not isinstance(m, LowRank)
-        for p in own_parameters(m).values()
-        if p.requires_grad
-    }
-    for module in root.modules():
-        if isinstance(module, LowRank):
-            continue
-        names = [name for name, p in own_parameters(module).items() if id(p) in trainable]
-        if names:
-            module.__dict__[_FROZEN] = tuple(dict.fromkeys((*module.__dict__.get(_FROZEN, ()), *names)))
-            for name in names:
-                _set_requires_grad(own_parameters(module)[name], False)
-
-
-def _thaw(root: nn.Module, released: Iterable[nn.Module]) -> None:
-    """Make trainable again what `inject` froze: everything with the last adapter, else the released layers."""
-    held = {id(p) for layer in adapted_layers(root).values() for p in own_parameters(layer).values()}
-    for module in list(root.modules()) if not adapted_layers(root) else released:
-        for name in module.__dict__.pop(_FROZEN, ()):
-            p = own_parameters(module).get(name)
-            if p is not None and id(p) not in held:
-                _set_requires_grad(p, True)
-
-
-def _set_requires_grad(parameter: nn.Parameter, value: bool) -> None:
-    # The flag of an inference tensor is set in inference mode only; lazy parameters know neither question nor method.
-    with torch.inference_mode(not nn.parameter.is_lazy(parameter) and parameter.is_inference()):
-        parameter.requires_grad = value
 
 
 def _warn_oversized(plan: Sequence[Placement], config: AdapterConfig) -> None:

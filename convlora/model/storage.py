@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from convlora.adapter.adapter import Adapter
-from convlora.adapter.parts import LayerFactors
-from convlora.adapter.parts import base_fingerprint as fingerprint_of
+from convlora.adapter.parts import LayerFactors, base_fingerprint, tensor_key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
-from convlora.layer.adapted import Adapted, peek_base_tensor, slot_of, weight_spec, why_not
+from convlora.factors.fuse import is_finite
+from convlora.layer.adapted import (
+    CHILD,
+    Adapted,
+    effective_names,
+    effective_tensor,
+    peek_base_tensor,
+    slot_of,
+    weight_spec,
+    why_not,
+)
+from convlora.layer.copies import TensorCopies, own_tensors, statistics_names
 from convlora.layer.lowrank import LowRank
 from convlora.layer.sharded import device_mesh_of, full_tensor, is_first_rank, is_sharded, on_all_ranks, reshard_model
-from convlora.model.inject import Placement, check_injectable, place_adapter
-from convlora.model.traversal import adapted_layers, only_adapter_name, unwrap_model
-from convlora.targets import nearest_names
+from convlora.model.inject import (
+    CopyPlacement,
+    Placement,
+    check_copyable,
+    check_injectable,
+    place_adapter,
+    plan_statistics,
+)
+from convlora.model.outside import warn_of_changed
+from convlora.model.switch import Names, using
+from convlora.model.traversal import (
+    adapted_modules,
+    adapted_paths,
+    only_adapter_name,
+    refuse_sharded,
+    refuse_stacked,
+    require_adapters,
+    unwrap_model,
+)
+from convlora.targets import is_part_of_adapter, nearest_names
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def adapter(model: nn.Module, name: str | None = None) -> Adapter:
-    """An adapter of the model as a value: copies on the CPU, detached from the model.
+    """An adapter of the model as a value: its tensors copied to the CPU, detached from the model.
+
+    Warns of what has changed outside of any adapter, and so is not in it: see `convlora.changed`.
 
     Under FSDP2 every process has to call it, and each gets the whole adapter.
 
@@ -39,32 +70,50 @@ def adapter(model: nn.Module, name: str | None = None) -> Adapter:
         >>> sorted(adapter(model).layers["0"].tensors)
         ['lora_A', 'lora_B']
     """
-    return _take(model, name, copy=True)
+    taken = _take(model, name, copy=True)
+    warn_of_changed(unwrap_model(model, "adapter"), "adapter", stacklevel=2)
+    return taken
 
 
 def _take(model: nn.Module, name: str | None, copy: bool) -> Adapter:
     name = only_adapter_name(model, name, "adapter")
     reshard_model(model, "adapter")
+    root = unwrap_model(model, "adapter")
     paths: dict[nn.Module, list[str]] = {}
-    for path, module in unwrap_model(model, "adapter").named_modules(remove_duplicate=False):
+    for path, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, Adapted) and name in slot_of(module).names():
             paths.setdefault(module, []).append(path)
-    layers = {}
+    layers: dict[str, LayerFactors] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
     kinds = set()
-    for layer, (path, *aliases) in paths.items():
-        low_rank = slot_of(layer).low_rank(name)
-        kinds.add((low_rank.config.factors, low_rank.config.rank_scaling))
-        tensors = {n: _on_cpu(p, copy) for n, p in low_rank.factors().items()}
-        layers[path] = LayerFactors(tensors, low_rank.spec, low_rank.rank, low_rank.alpha, tuple(aliases))
+    for module, (path, *aliases) in paths.items():
+        entry = slot_of(module).entry(name)
+        config = entry.config
+        if isinstance(entry, LowRank):
+            kinds.add((config.factors, config.rank_scaling))
+            tensors = {n: _on_cpu(p, copy) for n, p in entry.factors().items()}
+            layers[path] = LayerFactors(tensors, entry.spec, entry.rank, entry.alpha, tuple(aliases))
+        elif isinstance(entry, TensorCopies) and not _are_unmoved_statistics(module, entry):
+            held = {n: _on_cpu(t, copy) for n, t in entry.tensors().items()}
+            modules |= {p: held for p in (path, *aliases) if held}
     if len(kinds) > 1:
         raise ConvLoRAError(f"adapter: parts of {name!r} differ ({sorted(kinds)}); give each part a name of its own")
-    return Adapter(low_rank.config, layers, fingerprint({path: layer for layer, (path, *_) in paths.items()}))
+    base = {path: layer for layer, (path, *_) in paths.items() if path in layers}
+    return Adapter(config, layers, fingerprint(base), modules=modules)
+
+
+def _are_unmoved_statistics(module: nn.Module, copies: TensorCopies) -> bool:
+    """Whether copies are running statistics that still are the base's: a file without them says the same."""
+    return set(copies.tensors()) <= {*statistics_names(module)} and copies.equal(own_tensors(module))
 
 
 def save(
     model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """Write an adapter of the model to a `.safetensors` file, atomically. Returns the model.
+
+    The file holds the factors, the copies of `modules_to_save`, and the running statistics that have moved. A warning
+    names what has changed outside of any adapter, and so is not in it: see `convlora.changed`.
 
     `dtype`: of the tensors in the file; float16 or bfloat16 halve it. Of several processes with one model the first
     writes. Under FSDP2 all of them have to call it, and each goes on once the file is there; under DDP the others do
@@ -82,6 +131,7 @@ def save(
         ...     _ = save(model, f"{folder}/rain.safetensors")
     """
     taken = _take(model, name, copy=False).to(dtype)
+    warn_of_changed(unwrap_model(model, "save"), "save", stacklevel=2)
     mesh = device_mesh_of(model)
     first = is_first_rank(model, mesh)
     on_all_ranks(mesh, lambda: taken.write(path) if first else None)
@@ -114,14 +164,16 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
     reshard_model(root, "load")
     loaded = on_all_ranks(device_mesh_of(root), lambda: path if isinstance(path, Adapter) else Adapter.read(path))
     config = loaded.config if name is None else loaded.config.replace(name=name)
-    present = {p: layer for p, layer in adapted_layers(root).items() if config.name in slot_of(layer).names()}
+    present = {p: m for p, m in adapted_modules(root).items() if config.name in slot_of(m).names()}
     if not present:
         check_injectable(model, config, "load")
-    fitting, problems = _match(root, loaded, config.name if present else None)
-    fitting_ids = {id(layer) for layer in fitting.values()}
-    left_out = [p for p, layer in present.items() if id(layer) not in fitting_ids]
+    swap = config.name if present else None
+    fitting, problems = _match(root, loaded, swap)
+    modules = _match_modules(root, loaded, swap, problems)
+    fitting_ids = {id(module) for module in (*fitting.values(), *modules.values())}
+    left_out = {p: slot_of(m).entry(config.name) for p, m in present.items() if id(m) not in fitting_ids}
     bad = {text.split(" ")[0] for text in problems.mismatched}
-    problems.missing += [p for p in left_out if p not in bad]
+    problems.missing += [p for p, entry in left_out.items() if p not in bad and not _is_optional(present[p], entry)]
     complaint = str(problems)
     if problems.unexpected:
         complaint += f"; {nearest_names(problems.unexpected[0].split(' ')[0], dict(root.named_modules()))}"
@@ -137,14 +189,67 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
             stacklevel=2,
         )
     if not present:
-        place_adapter(root, [_placement(p, layer, loaded.layers[p]) for p, layer in fitting.items()], config)
+        copies = [CopyPlacement(p, m, list(loaded.modules[p]), loaded.modules[p]) for p, m in modules.items()]
+        for copy in copies:
+            check_copyable(copy.path, copy.module, "load")
+        copies += plan_statistics(root, config, {id(m) for m in modules.values()}, "load")
+        place_adapter(root, [_placement(p, layer, loaded.layers[p]) for p, layer in fitting.items()], copies, config)
         return model
     for p, layer in fitting.items():
         slot_of(layer).swap(config.name, loaded.layers[p].tensors, config, loaded.layers[p].alpha)
-    for p in left_out:  # no mixture of two adapters
-        slot_of(present[p]).low_rank(config.name).reset_parameters()
-        slot_of(present[p]).low_rank(config.name).configure(config, slot_of(present[p]).low_rank(config.name).alpha)
+    for p, module in modules.items():
+        slot_of(module).copies()[config.name].swap(loaded.modules[p], config)
+    for p, entry in left_out.items():  # no mixture of two adapters
+        if isinstance(entry, TensorCopies):
+            entry.swap(own_tensors(present[p]), config)
+        elif isinstance(entry, LowRank):
+            entry.reset_parameters()
+            entry.configure(config, entry.alpha)
     return model
+
+
+def _is_optional(module: nn.Module, entry: nn.Module) -> bool:
+    """Whether a file may lack what an adapter has of a module: statistics, which then are the base's."""
+    return isinstance(entry, TensorCopies) and set(entry.tensors()) <= {*statistics_names(module)}
+
+
+def _match_modules(root: nn.Module, loaded: Adapter, swap: str | None, problems: Problems) -> dict[str, nn.Module]:
+    """File path -> module for the copies that fit; adds to `problems` what does not."""
+    named = {p: m for p, m in root.named_modules(remove_duplicate=False) if not is_part_of_adapter(p)}
+    fitting: dict[str, nn.Module] = {}
+    taken: set[int] = set()
+    for path, tensors in loaded.modules.items():
+        module = named.get(path)
+        if module is None:
+            problems.unexpected.append(path)
+        elif found := _cannot_copy(module, tensors, swap):
+            problems.mismatched.append(f"{path} ({found})")
+        elif id(module) not in taken:  # else the module is in the file by another of its paths, too
+            fitting[path] = module
+            taken.add(id(module))
+    return fitting
+
+
+def _cannot_copy(module: nn.Module, tensors: Mapping[str, Tensor], swap: str | None) -> str | None:
+    own, statistics = own_tensors(module), statistics_names(module)
+    if any(tensor.is_meta for tensor in own.values()):
+        return "the model has no values yet: meta device"
+    if strange := [name for name in tensors if name not in module._parameters and name not in module._buffers]:
+        return f"the file has {', '.join(strange)}, the module {', '.join(own) or 'no tensors'}"
+    if not set(tensors) <= {*statistics} and (absent := [name for name in own if name not in tensors]):
+        return f"the file lacks {', '.join(absent)}"
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if swap is not None:
+        copies = slot_of(module).copies().get(swap) if isinstance(module, Adapted) else None
+        if copies is None:
+            return f"adapter {swap!r} has no copies of this module"
+        if shapes != (ours := {name: tuple(tensor.shape) for name, tensor in copies.tensors().items()}):
+            return f"the file has {shapes}, the adapter on the model {ours}"
+    for name, shape in shapes.items():
+        other = own.get(name)
+        if other is not None and (len(shape) != other.dim() or (name in statistics and shape != tuple(other.shape))):
+            return f"the file has {name} {shape}, the model {tuple(other.shape)}"
+    return None
 
 
 def _match(root: nn.Module, loaded: Adapter, swap: str | None) -> tuple[dict[str, nn.Module], Problems]:
@@ -211,4 +316,52 @@ def fingerprint(layers: Mapping[str, nn.Module]) -> str | None:
     weights = {path: peek_base_tensor(layer, "weight") for path, layer in layers.items()}
     if any(weight.is_meta for weight in weights.values()):
         return None
-    return fingerprint_of({p: _on_cpu(w, copy=False) if is_sharded(w) else w for p, w in weights.items()})
+    return base_fingerprint({p: _on_cpu(w, copy=False) if is_sharded(w) else w for p, w in weights.items()})
+
+
+def merged_state_dict(model: nn.Module, names: Names | None = None) -> dict[str, Any]:
+    """The checkpoint of the merged network: base keys, merged weights, and copies in the place of the base's tensors.
+
+    What `merge(model, names); remove(model); model.state_dict()` gives, bitwise, from a model that is not touched: it
+    loads with `strict=True` into the plain network. `names` as for `activate`, those that act by default. Warns of
+    what has changed outside of any adapter, which the checkpoint has: see `convlora.changed`.
+
+    Raises:
+        ConvLoRAError: no such adapter; non-finite values; a weight that the layer computes (weight norm), since no
+            entry could hold the merged one: merge and remove, which bakes it in; a sharded model (FSDP).
+
+    Example:
+        >>> from convlora import inject
+        >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
+        >>> list(merged_state_dict(model))
+        ['0.weight', '0.bias']
+    """
+    root = require_adapters(model, "merged_state_dict")
+    refuse_sharded(root, "merged_state_dict")
+    refuse_stacked(root, "merged_state_dict")
+    brought = {f"{tensor_key(path, CHILD)}." for path in adapted_paths(root)}
+    state = root.state_dict()
+    kept = OrderedDict((key, v) for key, v in state.items() if not any(key.startswith(start) for start in brought))
+    metadata = getattr(state, "_metadata", {})
+    kept._metadata = {  # type: ignore[attr-defined]
+        path: versions
+        for path, versions in metadata.items()
+        if not any(f"{path}.".startswith(start) for start in brought)
+    }
+    problems = Problems()
+    with using(root, names) if names is not None else contextlib.nullcontext(), torch.no_grad():
+        for path, module in root.named_modules(remove_duplicate=False):
+            for kind in effective_names(module) if isinstance(module, Adapted) else ():
+                base, value = peek_base_tensor(module, kind), effective_tensor(module, kind)
+                if value is None or value is base:
+                    continue
+                if kind not in module._parameters and kind not in module._buffers:
+                    raise ConvLoRAError(
+                        f"merged_state_dict: '{path}' computes its {kind} (a norm); merge and remove, which bakes it in"
+                    )
+                if value.is_floating_point() and not is_finite(value):
+                    problems.non_finite.append(tensor_key(path, kind))
+                kept[tensor_key(path, kind)] = value.detach().clone()
+    problems.raise_if_any("merged_state_dict")
+    warn_of_changed(root, "merged_state_dict", stacklevel=2)
+    return kept

@@ -6,17 +6,18 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from convlora.adapter.parts import tensor_key
 from convlora.config import LARGEST, is_number
 from convlora.errors import ConvLoRAError
 from convlora.factors.fuse import is_finite
-from convlora.layer.adapted import slot_of, without_side_effects
+from convlora.layer.adapted import effective_names, effective_tensor, slot_of
 from convlora.layer.context import COMPILED, Choice, choosing
+from convlora.layer.copies import own_tensors
 from convlora.layer.rows import SampleRows
 from convlora.model.traversal import (
-    adapted_layers,
+    adapted_modules,
     adapter_slots,
     is_compiled,
     model_and_slots,
@@ -44,7 +45,8 @@ def activate(model: M, names: Names) -> M:
         >>> _ = activate(model, {"rain": 0.5})
     """
     strengths = _strengths(names, "activate")
-    _, found = model_and_slots(model, "activate", strengths)
+    root, found = model_and_slots(model, "activate", strengths)
+    _check_copies(root, strengths, "activate")
     for slot in found:
         slot.activate(strengths)
     return model
@@ -90,6 +92,7 @@ def using(model: M, names: Names) -> Iterator[M]:
     root, found = model_and_slots(model, "using", strengths)
     if is_compiled(model) or any(map(is_compiled, root.modules())):
         raise ConvLoRAError(COMPILED)
+    _check_copies(root, strengths, "using")
     with choosing(found, Choice(strengths)):
         yield model
 
@@ -118,11 +121,36 @@ def per_sample(model: M, names: Sequence[str | None], *, folded: bool = False) -
             f"per_sample: expected a list with an adapter's name or None for each sample, got {names!r}"
         )
     named = _strengths([name for name in names if name is not None], "per_sample")
-    _, found = model_and_slots(model, "per_sample", named)
+    root, found = model_and_slots(model, "per_sample", named)
     if any(slot.merged for slot in found):
         raise ConvLoRAError("per_sample: the model is merged, one weight for all samples; unmerge first")
+    if moved := sorted(name for name in named if any(_has_moved(m, name) for m in adapted_modules(root).values())):
+        raise ConvLoRAError(f"per_sample: {moved} have whole modules of their own; give each its own call, in `using`")
     with choosing(found, Choice({}, SampleRows(names, folded))):
         yield model
+
+
+def _has_moved(module: nn.Module, name: str) -> bool:
+    """Whether an adapter's copies of a module's tensors differ from the base's."""
+    copies = slot_of(module).copies().get(name)
+    return copies is not None and not copies.equal(own_tensors(module))
+
+
+def _check_copies(root: nn.Module, strengths: Mapping[str, float], operation: str) -> None:
+    """Refuse to mix tensors of different shapes: a copy of another shape than the base's acts whole or not at all."""
+    acting = {name: strength for name, strength in strengths.items() if strength}
+    if len(acting) < 2 and set(acting.values()) <= {1.0}:
+        return
+    for path, module in adapted_modules(root).items():
+        base = own_tensors(module)
+        for name, copies in slot_of(module).copies().items():
+            for kind, copy in copies.tensors().items() if name in acting else ():
+                alone = acting[name] == 1.0 and sum(n in acting for n in slot_of(module).names()) == 1
+                if not alone and (kind not in base or base[kind].shape != copy.shape):
+                    raise ConvLoRAError(
+                        f"{operation}: {name!r} has '{tensor_key(path, kind)}' in another shape than the base:"
+                        " it acts at strength 1 and alone there"
+                    )
 
 
 def _strengths(names: Names, operation: str) -> dict[str, float]:
@@ -179,6 +207,8 @@ def merge(model: M, names: Names | None = None, *, check_finite: bool = True, ex
     root = require_adapters(model, "merge", strengths or ())
     refuse_sharded(root, "merge")
     refuse_stacked(root, "merge")
+    if strengths is not None:
+        _check_copies(root, strengths, "merge")
     _merge(root, strengths, check_finite, exact)
     return model
 
@@ -187,15 +217,12 @@ def _merge(root: nn.Module, strengths: Mapping[str, float] | None, check_finite:
     before = [(slot, slot.state()) for slot in adapter_slots(root)]
     bad = []
     try:
-        for path, layer in adapted_layers(root).items():
-            slot_of(layer).merge(strengths, exact)
-            with without_side_effects(layer):
-                values = {kind: getattr(layer, kind) for kind in ("weight", "bias")}
-            bad += [
-                f"'{tensor_key(path, k)}'"
-                for k, v in values.items()
-                if check_finite and v is not None and not is_finite(v)
-            ]
+        for path, module in adapted_modules(root).items():
+            slot_of(module).merge(strengths, exact)
+            for kind in effective_names(module) if check_finite else ():
+                value = effective_tensor(module, kind)
+                if isinstance(value, Tensor) and value.is_floating_point() and not is_finite(value):
+                    bad.append(f"'{tensor_key(path, kind)}'")
         if bad:
             raise ConvLoRAError(
                 f"merge: non-finite values in {', '.join(bad)}; check the adapter, or check_finite=False"

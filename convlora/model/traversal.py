@@ -34,13 +34,40 @@ def is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None
 
 
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layer name -> adapted layer, each once, in model order."""
+def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Module name -> module with adapters, factors or copies, each once, in model order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
+def adapted_paths(model: nn.Module) -> list[str]:
+    """The names of all modules with adapters; several for one that is registered several times."""
+    return [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Adapted)]
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Layer name -> layer with factors, each once, in model order."""
+    return {name: module for name, module in adapted_modules(model).items() if slot_of(module).low_ranks()}
+
+
+def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the model without what adapters hold, each module once, in model order."""
+    found, seen = [], set()
+    ahead: list[tuple[str, nn.Module]] = [("", model)]
+    while ahead:
+        name, module = ahead.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found.append((name, module))
+        inner = [(key, child) for key, child in module._modules.items() if child is not None]
+        if isinstance(module, Adapted):
+            inner = [(key, child) for key, child in inner if child is not slot_of(module)]
+        ahead += [(f"{name}.{key}" if name else key, child) for key, child in reversed(inner)]
+    return found
+
+
 def adapter_slots(model: nn.Module) -> list[Slot]:
-    """The slots of all adapted layers, each once, in model order; quick, since every switch asks."""
+    """The slots of all modules with adapters, each once, in model order; quick, since every switch asks."""
     found, seen, ahead = [], set(), [model]
     while ahead:
         module = ahead.pop()
@@ -65,11 +92,11 @@ def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
         2
     """
     found = adapter_slots(unwrap_model(model, "adapters"))
-    return {name: slot.low_rank(name).config for slot in found for name in slot.names()}
+    return {name: slot.entry(name).config for slot in found for name in slot.names()}
 
 
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """The trainable adapter parameters, of all adapters or of one.
+    """The trainable adapter parameters, of all adapters or of one: factors, and copies of `modules_to_save`.
 
     Raises:
         ConvLoRAError: the model has no adapter, or none of that name.
@@ -81,8 +108,8 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
         [(6, 9), (24, 6)]
     """
     found = adapter_slots(require_adapters(model, "parameters", [name] if name is not None else []))
-    chosen = (slot.low_rank(n) for slot in found for n in slot.names() if name in (None, n))
-    return [p for low_rank in chosen for p in low_rank.parameters() if p.requires_grad]
+    chosen = (slot.entry(n) for slot in found for n in slot.names() if name in (None, n))
+    return list(dict.fromkeys(p for entry in chosen for p in entry.parameters() if p.requires_grad))
 
 
 def only_adapter_name(model: nn.Module, name: str | None, operation: str) -> str:
@@ -135,7 +162,7 @@ def refuse_sharded(model: nn.Module, operation: str) -> None:
 
 
 def refuse_stacked(root: nn.Module, operation: str) -> None:
-    for path, layer in adapted_layers(root).items():
+    for path, layer in adapted_modules(root).items():
         if is_stacked(layer):
             raise ConvLoRAError(
                 f"{operation}: '{path}' was parametrized after inject ({type(layer).__name__});"

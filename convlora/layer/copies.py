@@ -1,0 +1,112 @@
+"""`TensorCopies`: one adapter's own copies of a module's Parameters and buffers, trained in full or moved by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from convlora.config import AdapterConfig
+from convlora.layer.loading import AdapterTensors
+
+
+class TensorCopies(AdapterTensors):
+    """One adapter's own copies of tensors of one module, by their names there.
+
+    Parameters stay Parameters, buffers stay buffers. While the adapter acts, the module reads them in place of its own.
+
+    Args:
+        config: of the adapter.
+        tensors: name -> Parameter or buffer to hold; see `copied`.
+        freezes: the module's statistics stay the base's in train mode, too, and nothing is copied.
+    """
+
+    def __init__(self, config: AdapterConfig, tensors: Mapping[str, Tensor], *, freezes: bool = False) -> None:
+        super().__init__()
+        self.config, self.freezes = config, freezes
+        self.strength = 1.0
+        # All of the adapter's modules: which of several adapters trains decides whose statistics move.
+        self.adapter_modules: list[nn.Module] = [self]
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                self._parameters[name] = tensor
+            else:
+                self.register_buffer(name, tensor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensor name -> copy."""
+        held = {**self._parameters, **self._buffers}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def holds(self, name: str) -> bool:
+        return name in self._parameters or name in self._buffers
+
+    def tensor(self, name: str) -> Tensor:
+        return self._parameters[name] if name in self._parameters else self._buffers[name]  # type: ignore[return-value]
+
+    def set_strength(self, strength: float) -> None:
+        self.strength = strength
+
+    def copy_(self, values: Mapping[str, Tensor]) -> None:
+        """Take other values of the same shapes, in place."""
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                if name in values:
+                    tensor.copy_(values[name])
+
+    def swap(self, values: Mapping[str, Tensor], config: AdapterConfig) -> None:
+        """Become those of another file, or of the base, in place."""
+        self.copy_(values)
+        self.config = config
+
+    def equal(self, others: Mapping[str, Tensor]) -> bool:
+        """Whether all copies have the values, shapes included, that tensors of the same names have."""
+        return all(name in others and torch.equal(t, others[name]) for name, t in self.tensors().items())
+
+    def trains(self) -> bool:
+        """Whether any Parameter of the adapter does, here or in another module."""
+        return any(p.requires_grad for module in self.adapter_modules for p in module.parameters(recurse=False))
+
+    def tensor_names(self) -> Iterable[str]:
+        return self.tensors()
+
+    def extra_repr(self) -> str:
+        held = ", ".join(self.tensors()) or "statistics frozen"
+        return f"{held}, strength={self.strength:g}"
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Name -> Parameter or persistent buffer that a module holds itself, in the order of its state dict."""
+    buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+    return {name: tensor for name, tensor in {**module._parameters, **buffers}.items() if tensor is not None}
+
+
+def statistics_names(module: nn.Module) -> list[str]:
+    """The buffers in which a module keeps running statistics, and their counter; none for most modules.
+
+    They are told by the names that PyTorch gives them, whatever the class: persistent buffers `running_*`.
+    """
+    named = [name for name in own_tensors(module) if name in module._buffers]
+    running = [name for name in named if name.startswith("running_")]
+    return [name for name in named if name in running or name == "num_batches_tracked"] if running else []
+
+
+def copied(module: nn.Module, name: str, made: dict[int, Tensor], values: Tensor | None = None) -> Tensor:
+    """An adapter's copy of a tensor of a module, with its values or others; of a shared tensor one for all.
+
+    Args:
+        made: id of a tensor -> its copy, of this adapter.
+        values: in the place of the base's, of another shape perhaps; the dtype and the device are the base's.
+    """
+    own = module._parameters.get(name, module._buffers.get(name))
+    if own is not None and id(own) in made:
+        return made[id(own)]
+    beside = next(iter(own_tensors(module).values())) if own is None else own  # a bias that the base lacks
+    source = beside if values is None else values.to(beside.device, beside.dtype)
+    copy = source.detach().clone(memory_format=torch.preserve_format)
+    if name in module._parameters:
+        copy = nn.Parameter(copy, copy.is_floating_point() or copy.is_complex())
+    if own is not None:
+        made[id(own)] = copy
+    return copy
