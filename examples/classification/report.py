@@ -168,7 +168,7 @@ def examples(task: Task) -> list[int]:
 
 def draw_example(axes: Axes, data: Shown, index: int) -> None:
     """An image; above it what the network says, below what it says with the adapter off."""
-    axes.imshow(data.task.test.images[index, 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(data.task.test.images[index, 0].numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     answer, truth = int(data.adapted[index].argmax()), int(data.task.test.labels[index])
