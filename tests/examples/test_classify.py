@@ -163,6 +163,14 @@ def test_probe_and_full_fine_tuning_come_back_from_their_files(
     assert probe.file_bytes < 6_000 < 2_800_000 < full.file_bytes
 
 
+def test_without_peft_its_rows_are_left_out(
+    small: data.Task, fresh: Callable[[], SmallResNet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classify, "has_peft", lambda: False)
+    outcomes = classify.run_other_methods(fresh, small, TINY)
+    assert [outcome.method for outcome in outcomes] == ["linear probe", "full fine-tuning"]
+
+
 @needs_peft
 def test_peft_loses_statistics_unless_the_batch_norms_are_saved(
     small: data.Task, fresh: Callable[[], SmallResNet], tmp_path: Path
