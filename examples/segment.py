@@ -68,19 +68,20 @@ def compare(
     model = UNet()
     train(
         model.parameters(),
-        lambda images, masks: cross_entropy(model(images), masks),
+        lambda batch, masks: cross_entropy(model(batch), masks),
         *(source.images, source.masks), steps=base_steps, rate=1e-2, seed=seed,
     )  # fmt: skip
     methods.append(Method("base, source images", segment(model, same_tissue.images), judged.masks))
-    base = evaluate("base", model)
     base_state = copy.deepcopy(model.state_dict())
+    save_file(base_state, out / f"base_{seed}.safetensors")
+    base = evaluate("base", model, out / f"base_{seed}.safetensors", model.parameters())
 
     # (b) The early head: likewise, from features of the frozen encoder.
     head = EarlyHead(model.early_features(source.images[:1]).shape[1])
     model.requires_grad_(False)
     train(
         head.parameters(),
-        lambda images, masks: cross_entropy(head(model.early_features(images)), masks),
+        lambda batch, masks: cross_entropy(head(model.early_features(batch)), masks),
         *(source.images, source.masks), steps=head_steps, rate=1e-2, seed=seed,
     )  # fmt: skip
 
@@ -121,7 +122,7 @@ def compare(
     labelled.load_state_dict(base_state)
     train(
         labelled.train().parameters(),
-        lambda images, masks: cross_entropy(labelled(images), masks),
+        lambda batch, masks: cross_entropy(labelled(batch), masks),
         *(target.images, target.masks), steps=steps, rate=3e-3, seed=seed,
     )  # fmt: skip
     update_bn(batches, labelled)
@@ -162,8 +163,8 @@ def self_train(
 ) -> None:
     """Stage (c): the frozen head learns to say what the network says, by what changes below it."""
 
-    def disagreement(images: Tensor) -> Tensor:
-        features, logits = model.features_and_logits(images)
+    def disagreement(batch: Tensor) -> Tensor:
+        features, logits = model.features_and_logits(batch)
         return cross_entropy(head(features), torch.sigmoid(logits).detach())
 
     model.train()
@@ -184,8 +185,8 @@ def main(
 ) -> None:
     """Adapt a U-Net to a second microscope without labels, as ConvLoRA's paper does.
 
-    The images are drawn by the script; some two minutes on two CPU cores. It writes adapters, a picture and
-    results.json.
+    The images are drawn by the script; some two minutes on two CPU cores. It writes bases and
+    adapters, a picture and results.json.
     """
     if threads:
         torch.set_num_threads(threads)

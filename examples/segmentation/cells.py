@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
+from skimage.filters import gaussian
 from torch import Tensor
 
 Array = NDArray[np.float64]
@@ -40,7 +40,7 @@ class Microscope:
         angle = rng.uniform(0, 2 * np.pi)
         y, x = np.mgrid[-1 : 1 : tissue.shape[0] * 1j, -1 : 1 : tissue.shape[1] * 1j]
         light = 1 - shading * (0.5 + 0.5 * (np.cos(angle) * x + np.sin(angle) * y))
-        seen = offset + gain * (light * gaussian_filter(tissue, blur).clip(0, 1)) ** gamma
+        seen = offset + gain * (light * smooth(tissue, blur).clip(0, 1)) ** gamma
         grain = rng.normal(size=seen.shape) * noise * np.sqrt(0.25 + 0.75 * seen.clip(0, 1))
         grain += rng.normal(size=(len(seen), 1)) * lines
         return np.round((seen + grain).clip(0, 1) * 255) / 255
@@ -50,6 +50,11 @@ SOURCE = Microscope()
 TARGET = Microscope(
     shading=(0.1, 0.3), gamma=(1.1, 1.3), gain=(0.5, 0.6), offset=(0.15, 0.25), noise=(0.02, 0.04), lines=(0.02, 0.04)
 )
+
+
+def smooth(plane: Array, deviation: float) -> Array:
+    """A plane under a Gaussian, mirrored at its edges."""
+    return gaussian(plane, deviation, mode="reflect")
 
 
 def blob(size: int, centre: Array, radius: float, rng: np.random.Generator) -> Array:
@@ -65,7 +70,7 @@ def blob(size: int, centre: Array, radius: float, rng: np.random.Generator) -> A
 
 def texture(size: int, fine: float, rng: np.random.Generator) -> Array:
     """Smooth noise of mean 0 and deviation 1; `fine` is its grain in pixels."""
-    grain = gaussian_filter(rng.normal(size=(size, size)), fine)
+    grain = smooth(rng.normal(size=(size, size)), fine)
     return (grain - grain.mean()) / grain.std()
 
 
@@ -92,7 +97,7 @@ def draw_tissue(size: int, rng: np.random.Generator) -> tuple[Array, Array]:
         inside = blob(size, centre, rng.uniform(5.0, 8.5), rng)
         brightness = rng.uniform(0.36, 0.75) + 0.10 * texture(size, 1.8, rng)
         if number % 4 == 3:  # out of focus: as bright, without edge or texture, and no nucleus to be found
-            haze = gaussian_filter((inside > 0).astype(float), 3.0)
+            haze = smooth((inside > 0).astype(float), 3.0)
             tissue = tissue + 0.75 * brightness.mean() * haze
         else:
             cover = 0.5 + 0.5 * np.tanh(12 * inside)

@@ -77,15 +77,9 @@ def report(
     console.print(table)
     shown = [m for m in comparisons[0].methods if m.name in ("base", "AdaBN", "ConvLoRA + AdaBN")]
     save_picture(out / "segment.png", comparisons[0], shown)
-    results = {
-        "options": dict(options),
-        "seeds": len(comparisons),
-        "seconds": round(seconds, 1),
-        **machine(),
-        "rows": rows,
-    }
+    results = {"options": dict(options), "seconds": round(seconds, 1), "machine": machine(), "rows": rows}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"{seconds:.0f} s; wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
+    console.print(f"{seconds:.0f} s; wrote bases, adapters, segment.png and results.json to {out}")
     return means
 
 
@@ -102,7 +96,10 @@ def save_picture(path: Path, comparison: Comparison, methods: Sequence[Method], 
     """The first judged images under both microscopes, what methods make of them, and the truth."""
     titles = ["source microscope", "target microscope", *(method.name for method in methods), "truth"]
     figure = Figure(figsize=(1.75 * len(titles), 1.95 * lines + 0.4), layout="constrained")
-    for line, axes in enumerate(figure.subplots(lines, len(titles), squeeze=False)):
+    grid = figure.subplots(lines, len(titles), squeeze=False)
+    for place, title in zip(grid[0], titles, strict=True):
+        place.set_title(title, fontsize=9)
+    for line, axes in enumerate(grid):
         mask = comparison.judged.masks[line]
         pictures = [comparison.source_images[line, 0].numpy(), comparison.judged.images[line, 0].numpy()]
         pictures += [paint(method.logits[line], mask) for method in methods] + [paint(mask - 0.5, mask)]
@@ -112,8 +109,6 @@ def save_picture(path: Path, comparison: Comparison, methods: Sequence[Method], 
             place.set_xlabel(below, fontsize=8)
             place.set_xticks([])
             place.set_yticks([])
-            if line == 0:
-                place.set_title(titles[list(axes).index(place)], fontsize=9)
     figure.supxlabel("white: found    blue: missed    orange: no nucleus", fontsize=9)
     figure.savefig(path, dpi=100)
 
