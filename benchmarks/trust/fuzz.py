@@ -15,10 +15,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import hashlib
 import io
 import json
-import os
 import random
 import resource
 import subprocess
@@ -34,10 +32,11 @@ from typing import Any
 
 import torch
 from common import Section
-from torch import Tensor, nn
+from oracle import bytes_of, snapshot
+from torch import nn
 
 import convlora
-from benchmarks.trust import mutate, seeds
+from benchmarks.trust import ROOT, environment, mutate, seeds
 from benchmarks.trust.mutate import Files
 from convlora import Adapter, ConvLoRAError, formats
 
@@ -218,26 +217,6 @@ def held(adapter: Adapter | None) -> int:
     return sum(2 * 4 * t.numel() for layer in adapter.layers.values() for t in layer.tensors.values())
 
 
-def snapshot(model: nn.Module) -> str:
-    """All that a refused call must leave alone: classes, identities, order, flags, bits."""
-    digest = hashlib.sha1()
-    for name, module in model.named_modules(remove_duplicate=False):
-        digest.update(
-            repr((name, type(module).__name__, module.training, [*module.__dict__], [*module._modules])).encode()
-        )
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            digest.update(repr((key, id(tensor), tensor is not None and tensor.requires_grad)).encode())
-            if tensor is not None:
-                digest.update(bits(tensor))
-    for adapter, config in convlora.adapters(model).items():
-        digest.update(f"{adapter} {config}".encode())
-    return digest.hexdigest()
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
 # --- what a file says, read naively ----------------------------------------------------------------------------------
 
 
@@ -254,7 +233,7 @@ def differences(adapter: Adapter, case: Case) -> list[str]:
         for name, tensor in layer.tensors.items():
             if not bool(tensor.isfinite().all()):
                 wrong.append(f"{path}.{name} is not finite")
-            known = bits(tensor) in values or any(bits(tensor) in raw for raw in case.files.values())
+            known = bytes_of(tensor) in values or any(bytes_of(tensor) in raw for raw in case.files.values())
             if not known and not (folded and name in ("lora_A", "lora_bias")):
                 wrong.append(f"{path}.{name} is not what the file holds")
     if case.kind == "convlora":
@@ -281,7 +260,7 @@ def _content(name: str, raw: bytes) -> dict[str, tuple[str, bytes]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = torch.load(io.BytesIO(raw), weights_only=True)
-    return {key: (str(t.dtype), bits(t)) for key, t in loaded.items()}
+    return {key: (str(t.dtype), bytes_of(t)) for key, t in loaded.items()}
 
 
 def _wider(dtype: str, content: bytes) -> bytes:
@@ -290,7 +269,7 @@ def _wider(dtype: str, content: bytes) -> bytes:
     kinds |= {str(kind): kind for kind in kinds.values()}
     if dtype not in kinds or not content:
         return content
-    return bits(torch.frombuffer(bytearray(content), dtype=kinds[dtype]).to(torch.float32))
+    return bytes_of(torch.frombuffer(bytearray(content), dtype=kinds[dtype]).to(torch.float32))
 
 
 # --- memory, time, and what is executed ------------------------------------------------------------------------------
@@ -309,8 +288,8 @@ class Watch:
     """Measures calls: CPU time, peak memory of the process, and events that no reading may cause.
 
     Memory is what the kernel says: resident pages at their highest, which it resets on request, and address space,
-    whose highest it keeps. With malloc as the only allocator, large blocks mapped and the rest given back (environment
-    of `worker`), nothing that was freed hides what is taken.
+    whose highest it keeps. With malloc as the only allocator, large blocks mapped and the rest given back
+    (`PLAIN_MALLOC`), nothing that was freed hides what is taken.
     """
 
     EVENTS = ("pickle.find_class", "os.system", "os.exec", "os.fork", "subprocess.Popen", "os.mkdir", "os.rename",
@@ -371,10 +350,8 @@ def worker(seed: int, start: int, stop: int, folder: Path) -> None:
             print(json.dumps(dataclasses.asdict(outcome)), file=file, flush=True)
 
 
-ENVIRONMENT = {"PYTHONMALLOC": "malloc", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
-               "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
-
-
+PLAIN_MALLOC = {"PYTHONMALLOC": "malloc", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+                "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
 WORKER = [sys.executable, "-m", "benchmarks.trust.fuzz"]
 
 
@@ -401,9 +378,7 @@ def outcomes(count: int, seed: int, start: int = 0) -> list[Outcome]:
 
 
 def _supervised(command: list[str], progress: Path) -> int:
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(command, cwd=root, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path})
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(**PLAIN_MALLOC))
     seen, idle = 0, 0  # half seconds without progress in which this process ran, too
     while True:
         try:
@@ -425,9 +400,9 @@ def measure(count: int, seed: int = 0, start: int = 0) -> Section:
     section = Section(
         "Hostile files",
         f"{len(found)} damaged files, {calls} calls that read them: each gives an adapter with the file's own values or"
-        f" one ConvLoRAError, without a change of any model or anything executed. Safetensors and JSON take at most"
-        f" {SECONDS:g} s, and memory of at most 4 times the file and what its JSON takes as objects; here the most of files"
-        " above 256 KiB, over the file. Time and memory of a pickle are what torch.load takes, and not bounded here.",
+        " one ConvLoRAError, without a change of any model or anything executed. Safetensors and JSON take at most"
+        f" {SECONDS:g} s, and memory of at most 4 times the file and what its JSON takes as objects; here the most of"
+        " files above 256 KiB, over the file. Time and memory of a pickle are what torch.load takes, not bounded here.",
         ("format", "files", "read", "refused", "failed", "slowest call (ms)", "memory / file"),
     )
     for kind in (*formats.FORMATS, "?"):
@@ -438,13 +413,11 @@ def measure(count: int, seed: int = 0, start: int = 0) -> Section:
         read = sum(outcome.result == "read" for outcome in own)
         slowest, share = max(o.seconds for o in own), max(o.share for o in own)
         cells = (len(own), read, len(own) - read, len(failed), f"{1000 * slowest:.0f}", f"{share:.1f}")
-        section.rows.append((kind, *map(str, cells)))
-        section.data.append(
-            {
-                "format": kind, "files": len(own), "read": read, "refused": len(own) - read, "failed": len(failed),
-                "slowest_s": slowest, "memory_over_file": share,
-                "faults": [{"case": f"{seed} {o.index}", "faults": o.faults} for o in failed],
-            }
+        section.add(
+            kind, *map(str, cells),
+            format=kind, files=len(own), read=read, refused=len(own) - read, failed=len(failed),
+            slowest_s=slowest, memory_over_file=share,
+            faults=[{"case": f"{seed} {o.index}", "faults": o.faults} for o in failed],
         )  # fmt: skip
     return section
 

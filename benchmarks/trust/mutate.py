@@ -343,8 +343,8 @@ def _doubled(levels: int) -> bytes:
 def hostile_pickles(sentinel: Path) -> dict[str, bytes]:
     """Pickles that do harm where they are believed; those that run code make the folder `sentinel`.
 
-    Two are not among them, since `torch.load` itself falls for them, whatever the library does: `bytearray(2**32)` takes
-    its 4 GiB, and a tuple of twice the same tuple of twice … as a key of a dict is hashed for years.
+    Two are not among them, since `torch.load` itself falls for them, as SECURITY.md says: `bytearray(2**32)` takes its
+    4 GiB, and a tuple of twice the same tuple of twice … as a key of a dict is hashed for years.
     """
     from os import mkdir
 
@@ -392,9 +392,9 @@ def hostile_pickles(sentinel: Path) -> dict[str, bytes]:
 def zipped(records: list[tuple[str, bytes]], compress: bool = False) -> bytes:
     """A zip file as `torch.save` lays it out."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as file:
-        for name, data in records:
-            file.writestr(name, data)
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, data in records:  # as `ZipInfo`, whose date is always the same: a case must not depend on the time
+            file.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED)
     return buffer.getvalue()
 
 

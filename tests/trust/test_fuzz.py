@@ -16,12 +16,10 @@ import torch
 from torch import nn
 
 import convlora
+from benchmarks.trust import fuzz, mutate, seeds
 from convlora import Adapter, ConvLoRAError, formats
 from convlora.adapter import file as adapter_file
 from convlora.support.safetensors import read_regular_file
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.trust import fuzz, mutate, seeds
 
 LARGE = seeds.large()
 GOOD = seeds.seeds(seeds.network())
