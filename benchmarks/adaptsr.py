@@ -20,8 +20,6 @@ import copy
 import functools
 import itertools
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -31,28 +29,14 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from common import (
-    RESULTS,
-    Case,
-    Section,
-    interleave,
-    machine,
-    milliseconds,
-    now,
-    peak_memory,
-    versions,
-    write_results,
-)
+from common import RESULTS, Case, Section, facts_of_run, in_new_process, interleave, peak_memory, write_results
 from safetensors.torch import save_file
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from sr.data import Patches
 from sr.degradations import enlarge
 from sr.metrics import quality
 from sr.networks import load_any
-from sr.training import Schedule, make_accelerator, train
-from trials import Result, carry_all, count, judge, mean_and_deviation, photos
+from torch import Tensor, nn
+from trials import Result, carry_all, count, judge, mean_and_deviation, named_paths, photos, start, train_for
 
 import convlora
 
@@ -140,9 +124,7 @@ def largest_rank(model: nn.Module, budget: float, factors: str) -> int:
 
 def carry_out(trial: Trial, data: Path, bases: Mapping[str, Path]) -> Result:
     """Train and judge; the first seed also on clean input, with adapters switched off where they can be."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(trial.seed)
+    start(trial.seed)
     model, scale = load_any(bases[trial.base])
     pairs = photos(data, trial.judged, trial.degradation)
     if trial.method == "bicubic":
@@ -156,15 +138,7 @@ def carry_out(trial: Trial, data: Path, bases: Mapping[str, Path]) -> Result:
             for seed in (trial.seed, 10**6 + trial.seed)
         )
         parameters = prepare_method(model, trial, itertools.islice(others, BATCHES))
-        trained = train(
-            model,
-            parameters,
-            patches,
-            Schedule(steps=trial.steps, seconds=float("inf"), rate=trial.rate, warmup=20),
-            make_accelerator("cpu"),
-            measure=lambda: 0.0,
-            on_step=lambda progress, loss: None,
-        )
+        trained = train_for(trial.steps, trial.rate, model, parameters, patches)
         result |= {"parameters": count(parameters), "bytes": file_size(model, trial), "seconds": trained.seconds}
         if trial.method.endswith("allocated"):
             result["ranks"] = {layer.name: layer.rank for layer in convlora.summary(model).layers}
@@ -256,23 +230,23 @@ def table(base: str, degradation: str, rows: Mapping[str, list[Trial]], found: M
         "clean bicubic input against the base, adapters switched off, first seed.",
         ("method", "rate", "trained", "file, kB", "PSNR-Y", "gain, dB", "SSIM-Y", "over all weights", "clean"),
     )
-    start, full = (found[rows[name][0]] for name in ("base, frozen", "all weights"))
+    frozen, full = (found[rows[name][0]] for name in ("base, frozen", "all weights"))
     level = statistics.mean(found[trial]["judged"][0] for trial in rows["all weights"])
     for name, trials in rows.items():
         results = [found[trial] for trial in trials]
         psnr, ssim = zip(*(result["judged"] for result in results), strict=True)
-        gains = [value - start["judged"][0] for value in psnr]
+        gains = [value - frozen["judged"][0] for value in psnr]
         is_trained = trials[0].rate > 0
         parameters = results[0].get("parameters", 0)
-        clean = f"{results[0]['clean'][0] - start['clean'][0]:+.3f}" if is_trained else ""
-        section.rows.append((
+        clean = f"{results[0]['clean'][0] - frozen['clean'][0]:+.3f}" if is_trained else ""
+        section.add(
             name, f"{trials[0].rate:g}" if is_trained else "",
             f"{parameters:,} ({parameters / full['base_parameters']:.1%})" if is_trained else "",
             f"{results[0]['bytes'] / 1000:.0f}" if is_trained else "",
             f"{statistics.mean(psnr):.3f}", mean_and_deviation(gains) if is_trained else "",
             f"{statistics.mean(ssim):.4f}", f"{statistics.mean(psnr) - level:+.3f}" if is_trained else "", clean,
-        ))  # fmt: skip
-        section.data.append({"method": name, "psnr": psnr, "ssim": ssim, **results[0]})
+            method=name, psnr=psnr, ssim=ssim, **results[0],
+        )  # fmt: skip
     return section
 
 
@@ -295,24 +269,18 @@ def goals(rows: Mapping[tuple[str, str], Mapping[str, list[Trial]]], found: Mapp
             for (method, budget), psnr in by_method.items()
             if budget == least and method != "PEFT"
         )
-        differences = [
-            [
-                a - b
-                for a, b in zip(
-                    by_method.get((f"{factors} allocated", budget), ()),
-                    by_method.get((factors, budget), ()),
-                    strict=True,
-                )
-            ]
+        pairs = [
+            (by_method.get((f"{factors} allocated", budget), ()), by_method.get((factors, budget), ()))
             for budget in BUDGETS
             for factors in ("locon", "convlora")
         ]
+        differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
         verdict = "met" if best - full > -0.03 else "missed"
-        shown = (mean_and_deviation(pairs) if pairs else "" for pairs in differences)
-        section.rows.append((f"{base}, {degradation}", f"{best - full:+.3f} ({verdict})", *shown))
-        section.data.append(
-            {"base": base, "degradation": degradation, "over_full": best - full, "allocated": differences}
-        )
+        section.add(
+            f"{base}, {degradation}", f"{best - full:+.3f} ({verdict})",
+            *(mean_and_deviation(values) if values else "" for values in differences),
+            base=base, degradation=degradation, over_full=best - full, allocated=differences,
+        )  # fmt: skip
     return section
 
 
@@ -354,17 +322,13 @@ def costs(bases: Mapping[str, Path], rounds: int) -> Section:
         cases = [Case(method, lambda _, step=step: step()) for method, step in steps.items()]
         times = interleave(name, cases, rounds)
         for method in COSTS:
-            command = [sys.executable, __file__, ".", "--base", f"{name}={path}", "--measure", method]
-            memory = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            memory = int(*in_new_process(__file__, ".", "--base", f"{name}={path}", "--measure", method))
             ratio = times[method].over(times["full"])
-            section.rows.append((
-                name, METHODS.get(method, "all weights"),
-                f"{milliseconds(times[method].median)} ({milliseconds(times[method].iqr)})",
-                f"{ratio.wall:.2f}", f"{memory / 2**20:.0f}",
-            ))  # fmt: skip
-            section.data.append({
-                "base": name, "method": method, **times[method].facts(), "over_full": vars(ratio), "peak_bytes": memory,
-            })  # fmt: skip
+            section.add(
+                name, METHODS.get(method, "all weights"), str(times[method]), f"{ratio.wall:.2f}",
+                f"{memory / 2**20:.0f}",
+                base=name, method=method, **times[method].facts(), over_full=vars(ratio), peak_bytes=memory,
+            )  # fmt: skip
     return section
 
 
@@ -383,13 +347,13 @@ def main(
 ) -> None:
     """AdaptSR: low-rank adaptation to degraded photos beside full fine-tuning."""
     torch.set_num_threads(1)
-    bases = {name: Path(path) for name, _, path in (text.partition("=") for text in base)}
+    bases = named_paths(base)
     if measure:
         path = next(iter(bases.values()))
         one_step(path, measure, 8)()  # what is made once, at the first call, does not count
         print(peak_memory(one_step(path, measure, Trial("", "", "").patch)))
         return
-    facts = {"date": now(), "machine": machine(), "versions": versions(["torch", "peft", "spandrel", "convlora"])}
+    facts = facts_of_run("torch", "peft", "spandrel", "convlora")
     carry = functools.partial(carry_out, data=data, bases=bases)
     rows: dict[tuple[str, str], dict[str, list[Trial]]] = {}
     found: dict[Trial, Result] = {}

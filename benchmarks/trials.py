@@ -17,10 +17,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sr.data import Pair, crop_photos, degraded_pairs, read_folder
+import torch
+from sr.data import Pair, Patches, crop_photos, degraded_pairs, read_folder
 from sr.degradations import DEGRADATIONS
 from sr.metrics import quality
 from sr.models import upscale
+from sr.training import Schedule, Trained, make_accelerator, train
 from torch import nn
 
 EXCLUDED = "302003"  # the photo of BSDS that is also Set5's woman
@@ -69,6 +71,26 @@ def photos(data: Path, name: str, degradation: str, draws: int = 1) -> list[Pair
         found = [photo for index, photo in enumerate(found) if index % KEPT_OUT]
     seed = 10**6 if name == "train" else 0
     return degraded_pairs(found, DEGRADATIONS[degradation], scale=4, draws=draws, seed=seed)
+
+
+def start(seed: int) -> None:
+    """What comes before a training: the same numbers at every run, on one thread."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(seed)
+
+
+def train_for(
+    steps: int, rate: float, model: nn.Module, parameters: Sequence[nn.Parameter], patches: Patches, **options: Any
+) -> Trained:
+    """A training of so many steps, with 20 of warm-up, on the CPU."""
+    schedule = Schedule(steps=steps, seconds=float("inf"), rate=rate, warmup=20)
+    return train(model, parameters, patches, schedule, make_accelerator("cpu"), **options)
+
+
+def named_paths(texts: Iterable[str]) -> dict[str, Path]:
+    """Of `NAME=path`, each."""
+    return {name: Path(path) for name, _, path in (text.partition("=") for text in texts)}
 
 
 def judge(model: nn.Module, pairs: Sequence[Pair]) -> list[float]:

@@ -33,7 +33,7 @@ from common import Section
 from torch import nn
 
 import convlora
-from benchmarks.trust import seeds
+from benchmarks.trust import ROOT, environment, seeds
 from convlora import Adapter, ConvLoRAError, formats
 
 Result = dict[str, int]
@@ -51,19 +51,13 @@ def measure(count: int, seed: int = 0) -> Section:
     )
     results = {**_in_a_process(count, seed), CALLERS: callers(100 * count, seed)}
     for name, result in results.items():
-        cells = [str(result.get(kind, "")) for kind in ("times", "old", "new", "left behind", "refused", "failed")]
-        section.rows.append((name, *cells))
-        section.data.append({"case": name, **result})
+        section.add(name, *(str(result.get(kind, "")) for kind in section.columns[1:]), case=name, **result)
     return section
 
 
 def _in_a_process(count: int, seed: int) -> dict[str, Result]:
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "benchmarks.trust.crash", str(count), str(seed)]
-    done = subprocess.run(
-        command, cwd=root, env={**os.environ, "PYTHONPATH": path}, check=True, stdout=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment(), check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Result] = json.loads(done.stdout)
     return found
 

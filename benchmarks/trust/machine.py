@@ -16,10 +16,11 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from common import Section
@@ -33,6 +34,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from oracle import bytes_of, snapshot
 from torch import Tensor, nn
 
 import convlora
@@ -45,7 +47,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of a gradient, relative to the largest one of all factors; float64 bases have float32 factors.
 CLOSE_GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 4e-2, torch.float64: 1e-5}
 
-FORMS = {"by shape": None, "thin": (0.0, float("inf"), float("inf")), "branches": (0.0, float("inf"), 0)}
+ANY_SIZE = {"LEAST_WORK": 0.0, "LARGEST_SHARE": float("inf")}
+FORMS: dict[str, dict[str, float]] = {
+    "by shape": {"HEAVY": forms.HEAVY},
+    "thin": {**ANY_SIZE, "HEAVY": float("inf")},
+    "branches": {**ANY_SIZE, "HEAVY": 0},
+}
 
 names = st.sampled_from(NAMES)
 seeds = st.integers(0, 2**16)
@@ -127,7 +134,7 @@ class Lifecycle(RuleBasedStateMachine):
     def base_of(self, layers: Any) -> str:
         digest = hashlib.sha256(str(self.oracle.dtype).encode())
         for layer in sorted(layers):
-            digest.update(layer.encode() + bits(self.oracle.base[layer]["weight"]))
+            digest.update(layer.encode() + bytes_of(self.oracle.base[layer]["weight"]))
         return digest.hexdigest()
 
     @contextmanager
@@ -587,15 +594,9 @@ class Lifecycle(RuleBasedStateMachine):
         self.done["(steps)"] += 1
 
 
-@contextmanager
-def preferring(form: str) -> Iterator[None]:
+def preferring(form: str) -> AbstractContextManager[Any]:
     """A form of the training forward that the sizes of this net would not choose, wherever it is possible."""
-    before = forms.LEAST_WORK, forms.LARGEST_SHARE, forms.HEAVY
-    forms.LEAST_WORK, forms.LARGEST_SHARE, forms.HEAVY = FORMS[form] or before
-    try:
-        yield
-    finally:
-        forms.LEAST_WORK, forms.LARGEST_SHARE, forms.HEAVY = before
+    return mock.patch.multiple(forms, **FORMS[form])
 
 
 class _Stop(Exception):
@@ -608,10 +609,6 @@ def stopped(fails: bool) -> Iterator[None]:
         yield
     except _Stop:
         assert fails
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def same(left: Tensor, right: Tensor, what: str = "values") -> None:
@@ -627,18 +624,6 @@ def shapes(parts: dict[str, Part]) -> dict[str, dict[str, Any]]:
 
 def parameter_ids(model: nn.Module) -> dict[str, int]:
     return {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def snapshot(model: nn.Module) -> list[Any]:
-    """What a refused call must leave as it was."""
-    modules = [(n, type(m), m.training, list(vars(m)), list(m._modules)) for n, m in model.named_modules()]
-    flags = [(n, id(p), p.requires_grad, bits(p)) for n, p in model.named_parameters(remove_duplicate=False)]
-    acting = [
-        (n, m.active, m.merged, m._before_merge, m.strengths())
-        for n, m in model.named_modules()
-        if n.endswith(".convlora")
-    ]
-    return [modules, flags, acting]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from common import Section
-from oracle import bits, randomise
+from oracle import bits, bytes_of, randomise
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -70,11 +70,11 @@ def measure(count: int, seed: int = 0) -> Section:
         lives.append(life)
         name = f"{life.case.library}: {life.case.name}"
         cells = [life.outcome.get(stage, "–") for stage in STAGES]
-        section.rows.append((name, str(life.layers), *cells, life.findings))
-        section.data.append({
-            "network": name, "layers": life.layers, **life.outcome, "audit": life.findings,
-            "refused": life.refused, "failed": int(bool(life.failures)),
-        })  # fmt: skip
+        section.add(
+            name, str(life.layers), *cells, life.findings,
+            network=name, layers=life.layers, **life.outcome, audit=life.findings,
+            refused=life.refused, failed=int(bool(life.failures)),
+        )  # fmt: skip
         print(f"{name}: {life.failures or 'ok'}; {life.findings}; {life.seconds:.1f} s", flush=True)
     numbers = Counter(life.case.library for life in lives)
     refused = sum(bool(life.refused) for life in lives)
@@ -227,9 +227,6 @@ class _Trial:
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:
     """Bitwise, NaN included."""
     return len(left) == len(right) > 0 and all(
-        a.shape == b.shape and a.dtype == b.dtype and _bytes(a) == _bytes(b) for a, b in zip(left, right, strict=True)
+        a.shape == b.shape and a.dtype == b.dtype and bytes_of(a) == bytes_of(b)
+        for a, b in zip(left, right, strict=True)
     )
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()

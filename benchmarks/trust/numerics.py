@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 import random
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,10 @@ from common import Section
 from torch import Tensor, nn
 
 import convlora
+from benchmarks.trust import ROOT, environment
 from benchmarks.trust.dense import Change, rounding
 from convlora.layer.adapted import weight_spec
 
-ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -336,46 +335,31 @@ def _trained_file(seed: int, factors: str, dtype: torch.dtype) -> str:
 
 
 def elsewhere(seed: int, hash_seed: int) -> list[str]:
-    """The same files, made by another process."""
-    code = (
-        "from benchmarks.trust import numerics as n\n"
-        f"print(*[n.trained_file({seed}, f, d) for f in ('convlora', 'locon') for d in n.DTYPES[:2]])"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONHASHSEED": str(hash_seed),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-    }
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return done.stdout.split()
+    """The files of `here`, made by another process."""
+    code = f"from benchmarks.trust import numerics; print(*numerics.here({seed}))"
+    settings = environment(PYTHONHASHSEED=str(hash_seed))
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=settings, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
 
 
 def here(seed: int) -> list[str]:
+    """The files of a seed, for both factorizations and two dtypes."""
     return [trained_file(seed, factors, dtype) for factors in ("convlora", "locon") for dtype in DTYPES[:2]]
 
 
 # --- all of it ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Outcomes:
-    """Rows of the table."""
-
-    section: Section
-    failed: int = field(default=0)
-
-    def add(self, question: str, cases: str, result: str, goal: str, holds: bool, **facts: Any) -> None:
-        self.section.rows.append((question, cases, result, goal, "holds" if holds else "FAILED"))
-        self.section.data.append({"question": question, "result": result, "failed": int(not holds), **facts})
-
-
 def measure(count: int, seed: int = 0) -> Section:
     """`count` random layers in each dtype, and the other three questions once."""
     start = time.perf_counter()
     section = Section("Numerics", "", ("question", "cases", "result", "goal", "outcome"))
-    add = Outcomes(section).add
+
+    def add(question: str, cases: str, result: str, goal: str, holds: bool, **facts: Any) -> None:
+        outcome = "holds" if holds else "FAILED"
+        facts = {"question": question, "result": result, "failed": int(not holds), **facts}
+        section.add(question, cases, result, goal, outcome, **facts)
+
     for (dtype, exact), seen in merge_errors(count, seed).items():
         name = str(dtype).removeprefix("torch.") + (", exact=True" if exact else "")
         cases, facts = f"{seen.layers} layers, {seen.elements} weights", vars(seen)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.trust import catalogue, models
 from benchmarks.trust.catalogue import Case, given
 
@@ -27,14 +24,6 @@ QUICK = {
     "diffusers": ["UNet2DConditionModel", "AutoencoderTiny"],
 }  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", [f"{library}: {name}" for library, names in QUICK.items() for name in names])

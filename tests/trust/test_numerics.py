@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import sys
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracle import NET_INPUT, adapted_net, bits
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import convlora
 from benchmarks.trust import numerics
