@@ -6,7 +6,10 @@ On every layer that can be adapted, but for those that `audit` finds overwritten
 - step: one training step moves the adapter alone, and gives a gradient to just the layers that `audit` says;
 - file: saved and loaded into a fresh network, outputs are bitwise the same;
 - merge: likewise merged, and merged and removed, which leaves the base's classes and keys;
-- remove: state dict, Parameter identities, classes and `requires_grad` are bitwise the base's again.
+- remove: state dict, Parameter identities, classes and `requires_grad` are bitwise the base's again;
+- train: some steps in train mode, which move the adapter's own running statistics: every base key stays bitwise, but
+  for what the network itself writes in train mode beside statistics, and `changed` names just that; disabled, the
+  outputs are the base's, and the file gives those of the live network.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from convlora.inspect.flow import nested_leaves
 from convlora.inspect.restored import restored
 from convlora.layer.adapted import Adapted, slot_of, why_not
 
-STAGES = ("identity", "step", "file", "merge", "remove")
+STAGES = ("identity", "step", "file", "merge", "remove", "train")
+STEPS = 3  # in train mode
 
 
 @dataclass
@@ -46,6 +50,8 @@ class Life:
     refused: str = ""
     outcome: dict[str, str] = field(default_factory=dict)
     audited: dict[str, str] = field(default_factory=dict)
+    statistics: int = 0  # modules whose running statistics moved in the adapter
+    changed: list[str] = field(default_factory=list)  # outside the adapter after `train`, by the network itself
     seconds: float = 0.0
 
     @property
@@ -73,15 +79,19 @@ def measure(count: int, seed: int = 0) -> Section:
         section.add(
             name, str(life.layers), *cells, life.findings,
             network=name, layers=life.layers, **life.outcome, audit=life.findings,
-            refused=life.refused, failed=int(bool(life.failures)),
+            refused=life.refused, failed=int(bool(life.failures)), statistics=life.statistics, changed=life.changed,
         )  # fmt: skip
-        print(f"{name}: {life.failures or 'ok'}; {life.findings}; {life.seconds:.1f} s", flush=True)
+        writes = f"; writes {len(life.changed)} tensors: {', '.join(life.changed[:3])}" if life.changed else ""
+        print(f"{name}: {life.failures or 'ok'}; {life.findings}{writes}; {life.seconds:.1f} s", flush=True)
     numbers = Counter(life.case.library for life in lives)
     refused = sum(bool(life.refused) for life in lives)
     failed = sum(bool(life.failures) for life in lives)
+    writing = ", ".join(f"{life.case.name} ({len(life.changed)})" for life in lives if life.changed)
     section.note = (
         f"{len(lives)} networks ({', '.join(f'{n} of {library}' for library, n in numbers.items())}), rank 1 on every"
         f" layer that can be adapted. Failed: {failed}; refused with a reason: {refused}."
+        f" Statistics of the adapter's own moved in {sum(bool(life.statistics) for life in lives)}. Networks that write"
+        f" other tensors in train mode, which `changed` names: {writing or 'none'}."
         " Audit: on how many layers an adapter does not act fully, and why. Left out: "
         + "; ".join(f"{name} ({reason})" for name, reason in LEFT_OUT.items())
         + "."
@@ -125,7 +135,7 @@ class _Trial:
         model, check = self.base, self.check
         expected, kinds, state = self.outputs(model), [type(m) for m in model.modules()], bits(model)
         identities = [(id(p), p.requires_grad) for p in model.parameters()]
-        fresh = self.copy(model)
+        fresh, second, third = (self.copy(model) for _ in range(3))
         self.adapt(model)
         check("identity", lambda: _same(self.outputs(model), expected))
         check("step", lambda: self.step(model))
@@ -150,6 +160,32 @@ class _Trial:
         convlora.remove(model)
         check("remove", lambda: bits(model) == state and [type(m) for m in model.modules()] == kinds)
         check("remove", lambda: [(id(p), p.requires_grad) for p in model.parameters()] == identities)
+
+        self.inject(second)
+        check("train", lambda: self.train(second, state))
+        with convlora.disabled(second):
+            check("train", lambda: bool(self.life.changed) or _same(self.outputs(second), expected))
+        acting = self.outputs(second)
+        convlora.save(second, folder / "trained.safetensors")
+        third.load_state_dict({key: second.state_dict()[key] for key in self.life.changed}, strict=False)
+        convlora.load(third, folder / "trained.safetensors")
+        check("train", lambda: _same(self.outputs(third), acting))
+        check("train", lambda: _same(self.outputs(convlora.merge(third)), acting))
+
+    def train(self, model: nn.Module, before: dict[str, bytes]) -> bool | str:
+        """Some steps in train mode, after which `changed` says which base keys are not what they were."""
+        optimizer = torch.optim.Adam(convlora.parameters(model), lr=1e-3)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            self.loss(model).backward()
+            optimizer.step()
+        after = model.state_dict(keep_vars=True)
+        moved = {id(after[key]): key for key, raw in before.items() if bytes_of(after[key]) != raw}
+        self.life.changed = convlora.changed(model)
+        self.life.statistics = len(convlora.adapter(model).modules)
+        if {id(after[key]) for key in self.life.changed} != moved.keys():
+            return f"moved: {[*moved.values()][:3]} of {len(moved)}; changed says {self.life.changed[:3]}"
+        return True
 
     def adapt(self, model: nn.Module) -> None:
         """An adapter on every layer but those that the network overwrites."""
@@ -196,15 +232,19 @@ class _Trial:
         arguments, keywords = self.case.given()
         return [leaf for leaf in nested_leaves(model(*arguments, **keywords)) if isinstance(leaf, Tensor)]
 
+    def loss(self, model: nn.Module) -> Tensor:
+        """Of a forward in train mode."""
+        outputs = [y for y in self.forward(model.train()) if y.requires_grad]
+        loss = sum((y - torch.randn_like(y))[y.isfinite()].square().mean() for y in outputs)
+        assert isinstance(loss, Tensor)
+        return loss
+
     def step(self, model: nn.Module) -> bool | str:
         ours = {id(p) for p in convlora.parameters(model)}
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer = torch.optim.SGD(convlora.parameters(model), lr=0.1)
         with restored(model, parameter_values=False):
-            outputs = [y for y in self.forward(model.train()) if y.requires_grad]
-            loss = sum((y - torch.randn_like(y))[y.isfinite()].square().mean() for y in outputs)
-            assert isinstance(loss, Tensor)
-            loss.backward()
+            self.loss(model).backward()
         optimizer.step()
         named = list(model.named_parameters())
         moved = {name for name, p in named if not torch.equal(p, before[name])}

@@ -82,6 +82,36 @@ class Failing(Net):
         return super().forward(x)
 
 
+class Normed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))  # type: ignore[no-any-return]
+
+
+class Counting(Normed):
+    """Counts its calls in train mode, in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count(self.calls)
+        return super().forward(x)
+
+    def count(self, calls: Tensor) -> None:
+        if self.training:
+            calls.add_(1)
+
+
+class CountingInSilence(Counting):
+    def count(self, calls: Tensor) -> None:
+        super().count(calls.data)
+
+
 class Bare(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -101,6 +131,18 @@ def test_a_network_that_overwrites_a_base_weight_has_it_named_and_excluded() -> 
     assert life.layers == 1
 
 
+def test_statistics_move_in_the_adapter_and_what_else_is_written_is_named() -> None:
+    normed, counting = models.live(_case(Normed)), models.live(_case(Counting))
+    assert not normed.failures
+    assert not counting.failures
+    assert normed.statistics == counting.statistics == 1
+    assert (normed.changed, counting.changed) == ([], ["calls"])
+
+
+def test_a_write_that_changed_misses_is_told() -> None:
+    assert "moved: ['calls']" in models.live(_case(CountingInSilence)).failures["train"]
+
+
 def test_an_exception_is_told() -> None:
     assert models.live(_case(Failing)).failures == {"identity": "RuntimeError: not with me"}
 
@@ -110,7 +152,7 @@ def test_measure_tells_failures_and_refusals(
 ) -> None:
     monkeypatch.setattr(models, "cases", lambda: [_case(Net), _case(Bare)])
     section = models.measure(10)
-    assert [row[1:-1] for row in section.rows] == [("2", *["ok"] * 5), ("0", *["–"] * 5)]
+    assert [row[1:-1] for row in section.rows] == [("2", *["ok"] * 6), ("0", *["–"] * 6)]
     assert section.rows[1][-1] == "inject: target <lambda> selects no layer; 0 can be adapted"
     assert "2 networks (2 of test)" in section.note
     assert len(models.measure(1).rows) == 1
