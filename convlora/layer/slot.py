@@ -196,14 +196,15 @@ class Slot(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             mixed = self._mixed_in_graph(base, kind, copies)
             return mixed.detach() if self.merged else mixed
+        merged = self.merged and not (self.choices and chosen(self) is not None)  # a caller's choice acts live
         strengths = self.acting()
         updates = self._acting(strengths, kind)
         if len(copies) == 1 and not updates and strengths[copies[0].config.name] == 1.0:
-            return last.detach() if self.merged and last.requires_grad else last
+            return last.detach() if merged and last.requires_grad else last
         if base is None or any(entry.tensor(kind).shape != base.shape for entry in copies):
             raise ConvLoRAError(f"'{kind}' has another shape than the base's: its copy acts at strength 1 and alone")
         shares = [(entry, strengths[entry.config.name]) for entry in copies]
-        if not self.merged:
+        if not merged:
             return self._compose(base, kind, updates, shares)
         with torch.no_grad():
             return self._compose(base, kind, updates, shares, dropout=False, exact=self._exact)

@@ -231,3 +231,18 @@ def test_a_graph_around_a_model_never_follows_the_choice_of_another() -> None:
     else:
         assert isinstance(found[0], Exception)
     torch.testing.assert_close(compiled(x()), expected + 1)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_copies_in_a_merged_model_act_live_inside(exact: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 4))
+    oracle.randomise(convlora.inject(model, "0", rank=1, name="rain", modules_to_save="2"))
+    with convlora.using(model, {"rain": -0.3}):
+        expected = model[2].weight
+    convlora.merge(model, exact=exact)
+    with convlora.using(model, {"rain": -0.3}):
+        assert torch.equal(model[2].weight, expected)
+        assert model[2].weight.requires_grad
+    with convlora.using(model, "rain"):
+        assert model[2].weight.requires_grad
+    assert not model[2].weight.requires_grad
