@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
+from convlora.layer.context import Choice, choosing
 from convlora.layer.copies import TensorCopies
 from convlora.layer.forms import training_form_of
 from convlora.layer.loading import AdapterTensors
@@ -228,12 +229,14 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
             "__new__": _new,
             "__reduce_ex__": _reduce_ex,
             "__setattr__": _setattr,
+            "_load_from_state_dict": _load_from_state_dict,
             **{name: _property(name) for name in names},
             "_convlora_base": base,
             "_convlora_shape": shape,
         }
         if not set(names) - {*_FACTORED}:
-            del body["__setattr__"]  # FSDP2 has a quick path for modules without
+            # FSDP2 has a quick path for modules without
+            del body["__setattr__"], body["_load_from_state_dict"]
         if hasattr(base, "reset_parameters"):
             body["reset_parameters"] = _reset_parameters
         if freezes:
@@ -255,6 +258,12 @@ def _setattr(self: Any, name: str, value: Any) -> None:
         copies._buffers[name] = value
     else:
         self._convlora_base.__setattr__(self, name, value)
+
+
+def _load_from_state_dict(self: Any, *arguments: Any) -> None:
+    """A base checkpoint is the base's, also where `assign=True` lets it assign buffers."""
+    with choosing([slot_of(self)], Choice({})):
+        self._convlora_base._load_from_state_dict(self, *arguments)
 
 
 def _reads_training(self: Any) -> bool:

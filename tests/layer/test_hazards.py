@@ -372,3 +372,17 @@ def test_classes_with_their_own_reduce_keep_their_adapter() -> None:
 def test_averaged_models_use_the_names_of_the_bare_model() -> None:
     averaged = torch.optim.swa_utils.AveragedModel(adapted_net())
     assert list(convlora.adapter(averaged).layers) == NET_LAYERS
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("acts", [False, True])
+def test_a_base_checkpoint_brings_the_statistics_of_the_base(acts: bool, assign: bool) -> None:
+    source = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model = convlora.inject(copy.deepcopy(source), "0", rank=1)
+    model.train()(torch.randn(2, 3, 8, 8))
+    own = {key: value.clone() for key, value in model.state_dict().items() if ".convlora." in key}
+    source.train()(torch.randn(2, 3, 8, 8))
+    convlora.activate(model, "default" if acts else [])
+    model.load_state_dict(copy.deepcopy(source.state_dict()), assign=assign)
+    found = model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in {**source.state_dict(), **own}.items())
