@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from common import Section
 from oracle import bytes_of, snapshot
-from torch import nn
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
 
 import convlora
 from benchmarks.trust import ROOT, environment, mutate, seeds
@@ -119,14 +120,17 @@ class Trial:
         """The models: a plain one, and for each format one with an adapter that its good files fit."""
         self.base = seeds.network()
         self.specs = formats.specs_of(self.base)
-        self.hot = {kind: self._hot(kind) for kind in formats.FORMATS}
-        self.kept = {id(model): convlora.adapter(model) for model in self.hot.values()}
-        self.before = {id(model): snapshot(model) for model in (self.base, *self.hot.values())}
+        self.hot = {kind: [self._hot(kind)] for kind in formats.FORMATS}
+        for kind in ("convlora", "peft"):
+            self.hot[kind].append(self._hot(kind, modules_to_save=seeds.SAVED, moved=True))
+        every = [model for models in self.hot.values() for model in models]
+        self.kept = {id(model): convlora.adapter(model) for model in every}
+        self.before = {id(model): snapshot(model) for model in (self.base, *every)}
 
-    def _hot(self, kind: str) -> nn.Module:
+    def _hot(self, kind: str, **options: Any) -> nn.Module:
         factors = "locon" if kind in ("peft", "locon") else "convlora"
         targets = seeds.PLAIN if kind in ("peft", "locon") else "*" if kind == "convlora" else [*seeds.PLAIN, "body.1"]
-        return seeds.adapted(self.base, targets, rank=2, factors=factors, bias=kind == "convlora")
+        return seeds.adapted(self.base, targets, rank=2, factors=factors, bias=kind == "convlora", **options)
 
     def run(self, index: int, case: Case) -> Outcome:
         """Put one case through all that reads it."""
@@ -159,7 +163,7 @@ class Trial:
         """Name, call, and the model that it loads the adapter onto, if it does."""
         alpha: dict[str, Any] = {"alpha": seeds.ALPHA} if case.kind == "loralib" else {}
         options = {**alpha, "rank": 2} if alpha else {}
-        kind, base, hot, read = case.kind, self.base, self.hot[case.kind], formats.read
+        kind, base, (hot, *whole), read = case.kind, self.base, self.hot[case.kind], formats.read
         if case.kind == "convlora":
             yield "Adapter.read", lambda: Adapter.read(place), None
             yield "load", lambda: convlora.load(base, place), base
@@ -168,6 +172,8 @@ class Trial:
             yield "read, layers", lambda: read(place, kind, layers=self.specs, **alpha), None
             yield "load", lambda: convlora.load(base, read(place, **options)), base
             yield "hot swap", lambda: convlora.load(hot, read(place, kind, **options), name="default"), hot
+        if whole:
+            yield "hot swap of copies", lambda: convlora.load(whole[0], read(place, kind), name="default"), whole[0]
         yield "read", lambda: read(place), None
         other = formats.FORMATS[case.size() % len(formats.FORMATS)]
         yield f"read as {other}", lambda: read(place, other), None
@@ -202,7 +208,7 @@ class Trial:
         elif adapter is not None and model is not None:
             convlora.load(model, self.kept[id(model)])
         # A refused call leaves the models as they were; an adapter that was loaded goes without a trace.
-        if any(snapshot(model) != self.before[id(model)] for model in (self.base, self.hot[case.kind])):
+        if any(snapshot(model) != self.before[id(model)] for model in (self.base, *self.hot[case.kind])):
             outcome.faults.append(f"{name}: a model is not what it was")
             self.prepare()
         if adapter is not None:
@@ -211,10 +217,11 @@ class Trial:
 
 
 def held(adapter: Adapter | None) -> int:
-    """Bytes of the float32 factors of an adapter, which a model keeps, and `convlora.adapter` has copied."""
+    """Bytes of the float32 factors and the copies of an adapter: a model keeps them, `convlora.adapter` copied them."""
     if adapter is None:
         return 0
-    return sum(2 * 4 * t.numel() for layer in adapter.layers.values() for t in layer.tensors.values())
+    factors = sum(2 * 4 * t.numel() for layer in adapter.layers.values() for t in layer.tensors.values())
+    return factors + sum(2 * t.nbytes for copies in adapter.modules.values() for t in copies.values())
 
 
 # --- what a file says, read naively ----------------------------------------------------------------------------------
@@ -236,8 +243,16 @@ def differences(adapter: Adapter, case: Case) -> list[str]:
             known = bytes_of(tensor) in values or any(bytes_of(tensor) in raw for raw in case.files.values())
             if not known and not (folded and name in ("lora_A", "lora_bias")):
                 wrong.append(f"{path}.{name} is not what the file holds")
+    for path, copies in adapter.modules.items():
+        for name, tensor in copies.items():
+            if not any(_holds(raw, f"{path}.{name}", tensor) for f, raw in case.files.items() if _is_packed(f)):
+                wrong.append(f"{path}.{name} is not the copy that the file holds")
     if case.kind == "convlora":
         packed = mutate.Packed.of(case.files[case.name])
+        named = json.loads(dict(packed.metadata).get("modules", "{}"))
+        lost = {p for p in {*named} - {*adapter.modules} if any(not _is_statistic(name) for name in named[p])}
+        if lost or set(adapter.modules) - set(named):
+            wrong.append(f"copies of {list(adapter.modules)} instead of {list(named)}")
         stated = json.loads(dict(packed.metadata)["layers"])
         if set(stated) != set(adapter.layers):
             wrong.append(f"layers {list(adapter.layers)} instead of {list(stated)}")
@@ -247,6 +262,22 @@ def differences(adapter: Adapter, case: Case) -> list[str]:
             if path in stated and [layer.rank, layer.alpha] != stated[path][:2]
         ]
     return wrong
+
+
+def _is_packed(file: str) -> bool:
+    return file.endswith(".safetensors")
+
+
+def _is_statistic(name: str) -> bool:
+    """What a model need not keep: where it equals the base's, an adapter of the model has no copy."""
+    return name.startswith("running_") or name == "num_batches_tracked"
+
+
+def _holds(raw: bytes, key: str, tensor: Tensor) -> bool:
+    """Whether a safetensors file has these values, in any precision, under a name that ends so."""
+    own = load_safetensors(raw)
+    found = [t for name, t in own.items() if name == key or name.endswith(f".{key}")]
+    return any(t.shape == tensor.shape and bytes_of(t.to(tensor.dtype)) == bytes_of(tensor) for t in found)
 
 
 def _content(name: str, raw: bytes) -> dict[str, tuple[str, bytes]]:

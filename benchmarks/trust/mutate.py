@@ -36,6 +36,7 @@ NAMES = (
     "__class__",
     "stem.convlora", "stem.convlora.default.lora_A", "__metadata__", "lora_A", ".lora_A", "x" * 3000, "a." * 3000, "*",
     "stem.lora_A", "head.lora_B", "head.lora_bias", "re:(a+)+$", "%s%n", "{0.__class__}", "weight", "default.lora_A",
+    "norm", "norm.running_mean", "norm.num_batches_tracked", "classes", "classes.weight", "classes.lora_A",
 )  # fmt: skip
 JUNK: tuple[Any, ...] = (
     None, True, False, *NUMBERS, float("nan"), float("inf"), "", "x", "\ud800", "a\nb", [], [1], [[]], {}, {"": 0},

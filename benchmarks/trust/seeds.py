@@ -23,25 +23,30 @@ from convlora.adapter.file import checksum
 from convlora.support.safetensors import to_safetensors
 
 PLAIN = ["stem", "body.0", "head"]  # layers that every format holds
+SAVED = ["norm", "classes"]  # modules that native files of version 2 and PEFT directories hold whole
 ALPHA = 3.0
 
 
 def network() -> nn.Sequential:
-    """A convolution of each sort and a Linear."""
+    """A convolution of each sort and a Linear; a norm with statistics, and a head."""
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 3, groups=2))
     layers = {"stem": nn.Conv2d(3, 4, 3), "body": body, "up": nn.ConvTranspose2d(4, 3, 2), "head": nn.Linear(5, 3)}
+    layers |= {"norm": nn.BatchNorm2d(4), "classes": nn.Linear(3, 2)}
     return nn.Sequential(OrderedDict(layers)).eval()
 
 
-def adapted(base: nn.Module, targets: Any, **options: Any) -> nn.Module:
-    """A copy of the network with an adapter as if trained."""
+def adapted(base: nn.Module, targets: Any, moved: bool = False, **options: Any) -> nn.Module:
+    """A copy of the network with an adapter as if trained; `moved`: statistics of its own, too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", convlora.ConvLoRAWarning)  # larger than its layers, which are tiny
         model = convlora.inject(copy.deepcopy(base), targets, **options)
     with torch.no_grad():
         for parameter in convlora.parameters(model):
             parameter.normal_()
+        for name, buffer in model.named_buffers():
+            if moved and ".convlora." in name and "gain" not in name:
+                buffer.add_(2)
     return model
 
 
@@ -63,6 +68,9 @@ def _native(base: nn.Module) -> Iterator[tuple[str, Files]]:
         {"targets": "*", "rank": 2, "bias": True},
         {"targets": PLAIN, "rank": 2, "factors": "locon", "rank_scaling": "sqrt", "alpha": 0.5, "name": "rain"},
         {"targets": "*", "ranks": {"stem": 1}, "alphas": {"head": 7}, "rank": 3},
+        {"targets": "*", "rank": 2, "bias": True, "modules_to_save": SAVED, "moved": True},
+        {"targets": "*", "rank": 2, "bias": True, "moved": True},
+        {"targets": PLAIN, "rank": 1, "modules_to_save": "classes", "norm_statistics": "frozen"},
     ):
         adapter = convlora.adapter(adapted(base, **options))
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -74,6 +82,8 @@ def _peft(base: nn.Module) -> Iterator[tuple[str, Files]]:
         ({"rank": 2, "alpha": ALPHA}, None),
         ({"rank": 2, "ranks": {"stem": 1}, "alphas": {"head": 7}, "rank_scaling": "sqrt"}, ""),
         ({"rank": 1, "bias": True}, None),
+        ({"rank": 2, "alpha": ALPHA, "modules_to_save": SAVED, "moved": True}, None),
+        ({"rank": 2, "modules_to_save": "classes"}, ""),
     ):
         adapter = convlora.adapter(adapted(base, PLAIN, factors="locon", **options))
         yield _written(adapter, "peft", "rain", prefix=prefix)
@@ -108,7 +118,7 @@ def _loralib(base: nn.Module) -> Iterator[tuple[str, Files]]:
     state |= base.state_dict()
     state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
     yield "rain.pt", {"rain.pt": saved(state)}
-    yield "rain.pt", {"rain.pt": saved({name: nn.Parameter(t) for name, t in state.items()})}
+    yield "rain.pt", {"rain.pt": saved({name: nn.Parameter(t, t.is_floating_point()) for name, t in state.items()})}
     yield "rain.bin", {"rain.bin": saved(dict(state), _use_new_zipfile_serialization=False)}
 
 
@@ -129,9 +139,13 @@ def packed_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 # --- large files -----------------------------------------------------------------------------------------------------
 
 
-def native_of(tensors: dict[str, Tensor], layers: str, config: str = '{"targets":["*"],"rank":1}') -> bytes:
+def native_of(
+    tensors: dict[str, Tensor], layers: str, config: str = '{"targets":["*"],"rank":1}', modules: str = ""
+) -> bytes:
     """A native file with a right checksum, whatever it holds."""
-    metadata = {"format": "convlora", "convlora.format_version": "1", "config": config, "layers": layers}
+    version = "2" if modules else "1"
+    metadata = {"format": "convlora", "convlora.format_version": version, "config": config, "layers": layers}
+    metadata |= {"modules": modules} if modules else {}
     return packed_of(tensors, {**metadata, "checksum": checksum(tensors, metadata)})
 
 
@@ -139,6 +153,7 @@ def large() -> dict[str, Callable[[], tuple[str, str, Files]]]:
     """What makes format, name and files of what takes much memory or time where it is believed: megabytes, mostly."""
     few = {"stem.lora_A": torch.ones(3, 9), "stem.lora_B": torch.ones(12, 3)}
     one = '{"stem":[1,1,[4,3,3,3]]}'
+    stem = {"stem.lora_A": torch.ones(3, 9), "stem.lora_B": torch.ones(4, 3)}
     pair = {"a.lora_down.weight": torch.ones(2, 3), "a.lora_up.weight": torch.ones(4, 2)}
     matrix = {"a.lora_A": torch.ones(2, 3), "a.lora_B": torch.ones(4, 2)}
     peft_pair = {
@@ -190,6 +205,20 @@ def large() -> dict[str, Callable[[], tuple[str, str, Files]]]:
         "dimensions of a thousand digits": lambda: native(few, '{"stem":[1,1,[' + f"{'9' * 1000}," * 1000 + "2]]}"),
         "a rank of four thousand digits": lambda: native(few, '{"stem":[' + "9" * 4000 + ",1,[4,3,3,3]]}"),
         "a million aliases": lambda: native(few, '{"stem":[1,1,[4,3,3,3],1,0,[' + '"a",' * 1_000_000 + '"a"]]}'),
+        "a million names of copies": lambda: native(few, modules='{"norm":[' + '"a",' * 1_000_000 + '"a"]}'),
+        "a million lists of copies": lambda: native(few, modules='{"norm":[' + "[]," * 1_000_000 + "[]]}"),
+        "20,000 modules without tensors": lambda: native(few, modules=json.dumps({i: ["a"] for i in range(20_000)})),
+        "20,000 copies of one number": lambda: native(
+            {**stem, **{f"{i}.a": torch.ones(1) for i in range(20_000)}},
+            modules=json.dumps({i: ["a"] for i in range(20_000)}),
+        ),
+        "2 MB of copies": lambda: native(
+            {**stem, "classes.weight": torch.ones(500_000), "norm.running_mean": torch.ones(4)},
+            modules='{"classes":["weight"],"norm":["running_mean"]}',
+        ),
+        "a copy's name of a megabyte": lambda: native(
+            {**stem, f"norm.{long}": torch.ones(1)}, modules=json.dumps({"norm": [long]})
+        ),
         "a name of a megabyte": lambda: native({f"{long}.lora_A": torch.ones(1)}),
         "a layer of a megabyte": lambda: native(
             {name.replace("stem", "stem" * 250_000): t for name, t in few.items()},
@@ -222,6 +251,11 @@ def large() -> dict[str, Callable[[], tuple[str, str, Files]]]:
         "PEFT: patterns for a long name": lambda: peft(
             {n.replace(".a.", "." + "a" * 100_000 + "."): t for n, t in peft_pair.items()},
             alpha_pattern={".*a.*b": 1, ".*b.*": 2},
+        ),
+        "PEFT: a million modules to save": lambda: peft(peft_pair, modules_to_save=["a"] * 1_000_000),
+        "PEFT: 1,000 modules to save of 1,000 copies": lambda: peft(
+            {**peft_pair, **{f"base_model.model.{i}.weight": torch.ones(1) for i in range(1000)}},
+            modules_to_save=[str(i) for i in range(1000)],
         ),
         "PEFT: a million lists": lambda: peft(peft_pair, rank_pattern=[[]] * 1_000_000),
         "PEFT: a megabyte of one pattern": lambda: peft(peft_pair, alpha_pattern={long: 1}),

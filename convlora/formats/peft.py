@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ _REFUSED = {
     "use_bdlora": "BD-LoRA has block-diagonal factors",
     "use_qalora": "QALoRA pools its input",
 }
+_LOOK, _MOST_LOOKED = 100, 200_000_000  # characters: what starting a search costs, and what all may cost, about 0.1 s
 _STATISTICS = ("running_", "num_batches_tracked")
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights
 _TENSORS = {
@@ -132,11 +133,18 @@ def _modules_to_save(settings: Mapping[str, Any]) -> list[str]:
     return saved
 
 
-def _is_saved(path: str, saved: Sequence[str]) -> bool:
-    """Whether a module, or one around it, is among those that are saved."""
-    parts = path.split(".")
-    around = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(name == outer or outer.endswith(f".{name}") for outer in around for name in saved)
+def _saved_among(paths: Iterable[str], saved: Sequence[str]) -> set[str]:
+    """The modules that are among those that are saved, or inside of one.
+
+    Raises:
+        ConvLoRAError: so many names and paths that the search would take long.
+    """
+    names, paths = set(saved), set(paths)
+    found = paths & names
+    others = paths - names
+    if len(names) * sum(len(path) + _LOOK for path in others) > _MOST_LOOKED:
+        raise ConvLoRAError(f"{CONFIG}: modules_to_save has too many names to be searched for in {len(others):,} paths")
+    return found | {path for path in others if any(f".{name}." in f".{path}." for name in names)}
 
 
 def _by_layer(
@@ -145,7 +153,7 @@ def _by_layer(
     """Layer path -> tensor name of the library -> values; and the same of the modules that are saved."""
     prefix = PREFIX if all(name.startswith(PREFIX) for name in tensors) else ""
     layers: dict[str, dict[str, Tensor]] = {}
-    modules: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, dict[str, str]] = {}
     adapters = set()
     problems = Problems()
     for full, tensor in tensors.items():
@@ -156,14 +164,16 @@ def _by_layer(
         name = _NAMES.get((match["factor"], match["kind"])) if match else None
         if match is None or name is None:
             path, _, own = full.removeprefix(prefix).rpartition(".")
-            if _is_saved(path, saved):
-                modules.setdefault(path, {})[own] = tensor
-            else:
-                problems.unexpected.append(full)
+            whole.setdefault(path, {})[own] = full
             continue
         adapters.add(match["adapter"])
         layers.setdefault(match["path"], {})[name] = tensor
+    known = _saved_among(whole, saved)
+    problems.unexpected += [full for path, own in whole.items() if path not in known for full in own.values()]
     problems.raise_if_any("PEFT")
+    modules = {
+        path: {name: tensors[full] for name, full in own.items()} for path, own in whole.items() if path in known
+    }
     if len(adapters) > 1:
         raise ConvLoRAError(f"{WEIGHTS} holds several adapters: {', '.join(sorted(map(str, adapters)))}")
     return layers, modules
