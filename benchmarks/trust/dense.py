@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYERS = ("stem", "mid", "up", "head")  # each once, in the order of the network
+NORM = "norm"  # after the stem, in some networks: keeps statistics
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 ALIASES = {"mid": "again"}
 FEATURES = (1, 3, 4, 4)
+EPS = 1e-5  # of the norm
 
 Apply = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 APPLY: tuple[tuple[str, Apply], ...] = (
@@ -29,11 +32,19 @@ APPLY: tuple[tuple[str, Apply], ...] = (
 
 
 class Net(nn.Module):
-    """A convolution, a grouped one at two places, a transposed one and a Linear; `head.bias` the user has frozen."""
+    """A convolution, a grouped one at two places, a transposed one and a Linear; `head.bias` the user has frozen.
 
-    def __init__(self) -> None:
+    `normed`: with a BatchNorm that is in use.
+    """
+
+    def __init__(self, normed: bool = False) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4) if normed else nn.Identity()
+        with torch.no_grad():
+            for tensor in (*self.norm.parameters(), *self.norm.buffers()):
+                if tensor.is_floating_point():
+                    tensor.uniform_(0.5, 1.5)
         self.mid = nn.Conv2d(4, 4, (1, 3), padding=(0, 1), groups=2, bias=False)
         self.again = self.mid
         self.up = nn.ConvTranspose2d(4, 3, 2, stride=2)
@@ -41,7 +52,7 @@ class Net(nn.Module):
         self.head.bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.stem(x))
+        x = torch.tanh(self.norm(self.stem(x)))
         x = torch.tanh(self.again(torch.tanh(self.mid(x))))
         return self.head(torch.tanh(self.up(x)).movedim(1, -1))  # type: ignore[no-any-return]
 
@@ -106,12 +117,28 @@ class Part:
 
 
 @dataclass
+class Copies:
+    """An adapter's own tensors of a module, bit for bit; `freezes`: none, and its statistics do not move."""
+
+    tensors: dict[str, Tensor]
+    freezes: bool = False
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether a file may lack it."""
+        return set(self.tensors) <= {*STATISTICS}
+
+
+Held = dict[str, "Part | Copies"]  # layer or module -> what an adapter has of it
+
+
+@dataclass
 class Oracle:
     """What the model must be."""
 
     dtype: torch.dtype = torch.float32
     base: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # layer -> kind -> values in `dtype`
-    adapters: dict[str, dict[str, Part]] = field(default_factory=dict)  # name -> layer -> part
+    adapters: dict[str, Held] = field(default_factory=dict)  # by name
     active: dict[str, float] = field(default_factory=dict)  # name -> strength, never 0
     merged: bool = False
     exact: bool = False
@@ -119,21 +146,46 @@ class Oracle:
     frozen: set[str] = field(default_factory=set)  # `<layer>.<kind>`
 
     def take_base(self, state: dict[str, Tensor]) -> None:
+        kinds = ("weight", "bias", *STATISTICS)
         self.base = {
-            layer: {k: state[f"{layer}.{k}"].clone() for k in ("weight", "bias") if f"{layer}.{k}" in state}
-            for layer in LAYERS
+            layer: {k: state[f"{layer}.{k}"].clone() for k in kinds if f"{layer}.{k}" in state}
+            for layer in (*LAYERS, *[NORM] * (f"{NORM}.weight" in state))
         }
 
+    @property
+    def normed(self) -> bool:
+        return NORM in self.base
+
+    def tensors(self) -> list[tuple[str, str]]:
+        """(layer or module, name) of all that the base has."""
+        return [(layer, kind) for layer, kinds in self.base.items() for kind in kinds]
+
     def parameters(self) -> list[str]:
-        return [f"{layer}.{kind}" for layer in LAYERS for kind in self.base[layer]]
+        return [f"{layer}.{kind}" for layer, kind in self.tensors() if kind not in STATISTICS]
 
     def on(self, layer: str) -> list[str]:
-        """The adapters on a layer."""
+        """The adapters on a layer or module."""
         return [name for name, parts in self.adapters.items() if layer in parts]
 
     def acting(self, layer: str, kind: str) -> list[tuple[float, Part]]:
-        found = [(self.active[name], self.adapters[name][layer]) for name in self.on(layer) if name in self.active]
+        held = [(self.active[name], self.adapters[name][layer]) for name in self.on(layer) if name in self.active]
+        found = [(s, part) for s, part in held if isinstance(part, Part)]
         return found if kind == "weight" else [(s, part) for s, part in found if "lora_bias" in part.tensors]
+
+    def copies(self, layer: str, kind: str) -> list[tuple[float, Tensor]]:
+        """Those that act, by strength."""
+        held = [(self.active[name], self.adapters[name][layer]) for name in self.on(layer) if name in self.active]
+        return [(s, own.tensors[kind]) for s, own in held if isinstance(own, Copies) and kind in own.tensors]
+
+    def moving(self) -> list[str]:
+        """The adapters whose statistics a train step would move."""
+        acting = {name: self.adapters[name][NORM] for name in self.on(NORM) if name in self.active}
+        frozen = any(isinstance(own, Copies) and own.freezes for own in acting.values())
+        return [] if frozen else [name for name, own in acting.items() if own.tensors]
+
+    def least_variance(self) -> float:
+        """A mixture of variances may be no variance."""
+        return float(self.effective(NORM, "running_var")[0].min()) if self.normed else 1.0
 
     def activate(self, strengths: dict[str, float]) -> None:
         self.active = {name: s for name, s in strengths.items() if s}
@@ -153,15 +205,23 @@ class Oracle:
 
     def to(self, dtype: torch.dtype) -> None:
         wide = torch.promote_types(dtype, torch.float32)
-        self.base = {layer: {k: t.to(dtype) for k, t in kinds.items()} for layer, kinds in self.base.items()}
+
+        def cast(tensors: dict[str, Tensor], to: torch.dtype) -> dict[str, Tensor]:
+            return {name: t.to(to) if t.is_floating_point() else t for name, t in tensors.items()}
+
+        self.base = {layer: cast(kinds, dtype) for layer, kinds in self.base.items()}
         for parts in self.adapters.values():
             for part in parts.values():
-                part.tensors = {name: t.to(wide) for name, t in part.tensors.items()}
+                part.tensors = cast(part.tensors, wide if isinstance(part, Part) else dtype)
         self.dtype = dtype
 
     def effective(self, layer: str, kind: str) -> tuple[Tensor, Tensor]:
-        """W + Σ strength·ΔW, and how far the library's may be from it; both float64."""
+        """W + Σ strength·ΔW + Σ strength·(copy − W), and how far the library's may be from it; both float64."""
         base = self.base[layer][kind].double()
+        copies = self.copies(layer, kind)
+        whole = len(copies) == 1 and copies[0][0] == 1 and not self.acting(layer, kind)
+        if copies and (whole or not self.base[layer][kind].is_floating_point()):
+            return copies[-1][1].double(), torch.zeros_like(base)
         total, changes = base.clone(), []
         for strength, part in self.acting(layer, kind):
             if kind == "weight":
@@ -171,6 +231,10 @@ class Oracle:
                 change = part.tensors["lora_bias"].double()
                 changes.append(Change(abs(strength) * change.abs(), 1, abs(strength), part.dtype))
             total = total + strength * change
+        for strength, copy in copies:
+            size = abs(strength) * (copy.double().abs() + base.abs())
+            changes.append(Change(size, 1, abs(strength), torch.promote_types(self.dtype, torch.float32)))
+            total = total + strength * (copy.double() - base)
         return total, rounding(base, total, changes, self.dtype, self.exact)
 
     def output(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,14 +254,38 @@ class Oracle:
             size = apply(x.abs() + error, weight.abs() + off, largest)
             error = apply(error, weight.abs() + off, None) + apply(x.abs(), off, bias_off)
             error = error + weight.numel() * sums.eps * size + info.eps * size
+            if layer == "stem" and self.normed:
+                y, error = self._normalised(y, error, info.eps, sums.eps)
             x = y if layer == "head" else torch.tanh(y)
             error = error + 2 * info.eps * x.abs() + info.tiny
             if layer != "head":
                 error = error.clamp_max(2)  # of a tanh
         return x, error
 
-    def gradients(self, x: Tensor, target: Tensor) -> dict[tuple[str, str, str], Tensor]:
-        """Of the mean squared error, by (adapter, layer, tensor), for what acts; float64."""
+    def _normalised(self, x: Tensor, error: Tensor, unit: float, sums: float) -> tuple[Tensor, Tensor]:
+        """The BatchNorm of eval mode on values that are `error` off."""
+        own = {kind: self.effective(NORM, kind) for kind in self.base[NORM]}
+        wide = {kind: (value.view(-1, 1, 1), off.view(-1, 1, 1)) for kind, (value, off) in own.items() if value.dim()}
+        (weight, weight_off), (bias, bias_off) = wide["weight"], wide["bias"]
+        (mean, mean_off), (variance, variance_off) = wide["running_mean"], wide["running_var"]
+        inverse, largest = (variance + EPS).rsqrt(), (variance - variance_off + EPS).clamp_min(EPS).rsqrt()
+        y = (x - mean) * inverse * weight + bias
+        gain = (weight.abs() + weight_off) * largest
+        gain_off = weight_off * largest + weight.abs() * (largest - inverse)
+        size = (x.abs() + error + mean.abs() + mean_off) * gain + bias.abs() + bias_off
+        return y, (error + mean_off) * gain + (x - mean).abs() * gain_off + bias_off + (16 * sums + unit) * size
+
+    def statistics(self, x: Tensor) -> dict[str, Tensor]:
+        """Mean and variance of what a train step normalises, float64."""
+        bias = self.effective("stem", "bias")[0]
+        y = APPLY[0][1](x.double(), self.effective("stem", "weight")[0], bias).movedim(1, 0).flatten(1)
+        return {"running_mean": y.mean(1), "running_var": y.var(1)}
+
+    def gradients(self, x: Tensor, target: Tensor, training: bool = False) -> dict[tuple[str, str, str], Tensor]:
+        """Of the mean squared error, by (adapter, layer, tensor), for what acts; float64.
+
+        `training`: normalised by the statistics of the batch.
+        """
         leaves: dict[tuple[str, str, str], Tensor] = {}
         weights = {}
         for name in self.parameters():
@@ -205,6 +293,11 @@ class Oracle:
             total = self.base[layer][kind].double()
             for adapter in (n for n in self.on(layer) if n in self.active):
                 part = self.adapters[adapter][layer]
+                if isinstance(part, Copies):
+                    if kind in part.tensors:
+                        leaf = leaves[adapter, layer, kind] = part.tensors[kind].double().requires_grad_()
+                        total = total + self.active[adapter] * (leaf - self.base[layer][kind].double())
+                    continue
                 own = ["lora_A", "lora_B"] if kind == "weight" else ["lora_bias"] if "lora_bias" in part.tensors else []
                 wide = {n: part.tensors[n].double().requires_grad_() for n in own}
                 leaves |= {(adapter, layer, n): leaf for n, leaf in wide.items()}
@@ -217,6 +310,9 @@ class Oracle:
         y = x.double()
         for layer, apply in APPLY:
             y = apply(y, weights[f"{layer}.weight"], weights.get(f"{layer}.bias"))
+            if layer == "stem" and self.normed:
+                mean, variance = (self.effective(NORM, kind)[0] for kind in STATISTICS[:2])
+                y = F.batch_norm(y, mean, variance, weights["norm.weight"], weights["norm.bias"], training, 0.0, EPS)
             y = y if layer == "head" else torch.tanh(y)
         loss = (y - target.double()).pow(2).mean()
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
@@ -224,7 +320,7 @@ class Oracle:
     def state(self) -> dict[str, Tensor]:
         """Every entry that the model's state dict must have."""
         entries: dict[str, Tensor] = {}
-        for layer in LAYERS:
+        for layer in self.base:
             own: dict[str, Any] = dict(self.base[layer])
             for name in self.on(layer):
                 own |= {f"convlora.{name}.{n}": t for n, t in self.adapters[name][layer].tensors.items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.trust import machine
 from convlora.layer import slot
+from convlora.layer.copies import TensorCopies
 from convlora.layer.lowrank import LowRank
 from convlora.layer.slot import Slot
 
@@ -37,6 +38,9 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "an effective weight off by some ulp": (slot, "fuse_weight", _off_by_some_ulp),
     "a context manager that brings back other strengths": (Slot, "restore", _doubles_strengths),
     "a file whose factors lose digits": (LowRank, "copy_", _halves),
+    "a mixture of copies off by some ulp": (slot, "difference", lambda f: lambda *a: f(*a) * (1 + 2**-17)),
+    "copies that a hot swap leaves": (TensorCopies, "copy_", lambda f: lambda self, values: None),
+    "statistics that move though frozen": (Slot, "freezes_statistics", lambda f: lambda self: False),
     "an unmerge that forgets what was active": (Slot, "unmerge", lambda f: lambda self: setattr(self, "merged", False)),
 }
 
