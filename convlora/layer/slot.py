@@ -116,7 +116,7 @@ class Slot(nn.Module):
         if self.choices and (choice := chosen(self)) is not None:
             if choice.rows is not None and not self.low_ranks():
                 return base  # a module that adapters only copy: `per_sample` refuses copies that have moved
-            strengths = choice.strengths if choice.rows is None else self._of_row()
+            strengths = self.acting() if choice.rows is None else self._of_row()  # summed in the order of `activate`
             acting = self._acting(strengths, kind)
             return self._live(base, f"{kind} {strengths}", acting, kind) if acting else base
         if self.merged:

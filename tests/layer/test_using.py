@@ -246,3 +246,15 @@ def test_copies_in_a_merged_model_act_live_inside(exact: bool) -> None:
     with convlora.using(model, "rain"):
         assert model[2].weight.requires_grad
     assert not model[2].weight.requires_grad
+
+
+def test_the_order_of_the_names_does_not_matter() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3))
+    for name in ("rain", "snow", "night"):
+        convlora.inject(model, "*", rank=2, name=name)
+    oracle.randomise(model)
+    strengths = {"night": 0.3, "rain": 0.7, "snow": -1.1}
+    expected = convlora.activate(copy.deepcopy(model), strengths)[0].weight
+    with convlora.using(model, strengths):
+        assert torch.equal(model[0].weight, expected)
+    assert torch.equal(convlora.merged_state_dict(model, strengths)["0.weight"], expected)
