@@ -146,7 +146,6 @@ def _placed(
     """The layers and the copies of a file with the tensors that are theirs."""
     layers = layers_from_json(layers_text)
     own: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
-    modules: dict[str, dict[str, Tensor]] = {}
     problems = Problems()
     stated = parse_json(modules_text)
     if type(stated) is not dict or not all(type(names) is list for names in stated.values()):
@@ -154,13 +153,14 @@ def _placed(
     copies = {tensor_key(path, str(name)): (path, str(name)) for path, names in stated.items() for name in names}
     for full, tensor in tensors.items():
         path, _, name = full.rpartition(".")
-        if full in copies:
-            modules.setdefault(copies[full][0], {})[copies[full][1]] = tensor
-        elif path in own:
+        if full not in copies and path in own:
             own[path][name] = tensor
-        else:
+        elif full not in copies:
             problems.unexpected.append(full)
     problems.missing += [full for full in copies if full not in tensors]
     if problems:
         raise ConvLoRAError(str(problems))
+    modules: dict[str, dict[str, Tensor]] = {}
+    for full, (path, name) in copies.items():  # in the order that they are stated in, which is the module's own
+        modules.setdefault(path, {})[name] = tensors[full]
     return {path: replace(layer, tensors=own[path]) for path, layer in layers.items()}, modules

@@ -195,7 +195,7 @@ class Slot(nn.Module):
             whole = last.tensor(kind)
             if not whole.is_floating_point() or (len(copies) == 1 and not updates and strength == 1.0):
                 return whole.detach() if self.merged and whole.requires_grad else whole
-            if base is None or base.shape != whole.shape:
+            if base is None or any(entry.tensor(kind).shape != base.shape for entry, _ in copies):
                 raise ConvLoRAError(
                     f"'{kind}' has another shape than the base's: its copy acts at strength 1 or not at all"
                 )
