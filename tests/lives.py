@@ -76,9 +76,7 @@ class Average(nn.Module):
 def _blocks(norm: Callable[[int], nn.Module], head: nn.Module | None = None) -> nn.Sequential:
     last = nn.Linear(8, 5) if head is None else head
     body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), norm(8))
-    return nn.Sequential(
-        OrderedDict(body=body, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=last)
-    )
+    return nn.Sequential(OrderedDict(body=body, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=last))
 
 
 def small(head: int = 5, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Sequential:

@@ -107,7 +107,10 @@ class Slot(nn.Module):
     # --- what acts
 
     def effective(self, base: Any, kind: str, training: bool = False) -> Any:
-        """The base tensor of a name with the adapters that act for the caller; `base` itself if none acts on it."""
+        """The base tensor of a name with the adapters that act for the caller; `base` itself if none acts on it.
+
+        `training`: as the module reads it in train mode, with rank dropout and with statistics that move.
+        """
         if self.has_copies:
             return self._with_copies(base, kind, training)
         if torch.compiler.is_compiling():
@@ -116,11 +119,11 @@ class Slot(nn.Module):
         if self.choices and (choice := chosen(self)) is not None:
             strengths = choice.strengths if choice.rows is None else self._of_row()
             acting = self._acting(strengths, kind)
-            return self._live(base, f"{kind} {strengths}", acting, kind) if acting else base
+            return self._live(base, f"{kind} {strengths}", acting, kind, training) if acting else base
         if self.merged:
             return self._merged(base, kind)
         acting = self._acting(self.strengths(), kind)
-        return self._live(base, kind, acting, kind) if acting else base
+        return self._live(base, kind, acting, kind, training) if acting else base
 
     def acting(self) -> dict[str, float]:
         """Adapter name -> strength, of those that act for the caller."""
@@ -187,19 +190,20 @@ class Slot(nn.Module):
             return base
         if copies and training and kind in _buffer_names(copies):
             return self._moving(copies, kind)
-        dropout = not self.merged
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.merged):
+        merged = self.merged and (torch.compiler.is_compiling() or not self.choices or chosen(self) is None)
+        dropout, exact = training and not merged, merged and self._exact
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not merged):
             if not copies:
-                return self._compose(base, kind, updates, dropout=dropout, exact=self._exact and self.merged)
+                return self._compose(base, kind, updates, dropout=dropout, exact=exact)
             last, strength = copies[-1]
             whole = last.tensor(kind)
             if not whole.is_floating_point() or (len(copies) == 1 and not updates and strength == 1.0):
-                return whole.detach() if self.merged and whole.requires_grad else whole
+                return whole.detach() if merged and whole.requires_grad else whole
             if base is None or any(entry.tensor(kind).shape != base.shape for entry, _ in copies):
                 raise ConvLoRAError(
                     f"'{kind}' has another shape than the base's: its copy acts at strength 1 or not at all"
                 )
-            return self._compose(base, kind, updates, copies, dropout=dropout, exact=self._exact and self.merged)
+            return self._compose(base, kind, updates, copies, dropout=dropout, exact=exact)
 
     def _copies_of(self, strengths: Mapping[str, float], kind: str) -> list[tuple[TensorCopies, float]]:
         named = [(self._modules[name], strength) for name, strength in strengths.items()]
@@ -265,29 +269,31 @@ class Slot(nn.Module):
                 return self._compose(base, kind, acting, dropout=False, exact=self._exact)
         return self._form(base, kind, acting, kind, merged=True).value
 
-    def _live(self, base: Tensor, key: str, acting: Acting, kind: str) -> Tensor:
+    def _live(self, base: Tensor, key: str, acting: Acting, kind: str, training: bool) -> Tensor:
         """The effective tensor of adapters that may be training; kept from one call to the next while nothing can.
 
         On a CPU only: factors are compared by value, since averages of weights are often written through `p.data`,
         which leaves no trace; elsewhere the comparison would wait for the device.
         """
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return self._compose(base, kind, acting)
+            return self._compose(base, kind, acting, dropout=training)
         if torch.is_grad_enabled():
             self._fused.clear()
-            return self._compose(base, kind, acting)
-        formed = self._fused.get(key)
+            return self._compose(base, kind, acting, dropout=training)
+        dropping = training and any(low_rank.drops() for low_rank, _ in acting)
+        formed = None if dropping else self._fused.get(key)
         if formed is not None and formed.stands_on(base) and formed.is_of(acting) and formed.has_values():
             return formed.value
         keeps_version = isinstance(base, nn.Parameter) and not base.is_inference()
-        if base.device.type != "cpu" or not keeps_version or not all(_is_still(low_rank) for low_rank, _ in acting):
-            return self._compose(base, kind, acting)
+        repeats = not dropping and all(_is_repeatable(low_rank) for low_rank, _ in acting)
+        if base.device.type != "cpu" or not keeps_version or not repeats:
+            return self._compose(base, kind, acting, dropout=training)
         return self._form(base, key, acting, kind, merged=False).value
 
     def _form(self, base: Tensor, key: str, acting: Acting, kind: str, merged: bool) -> _Fused:
         # Entering inference_mode(False) switches gradients on: no_grad comes after it.
         with torch.inference_mode(False), torch.no_grad():
-            fused = self._compose(base, kind, acting, dropout=not merged, exact=merged and self._exact)
+            fused = self._compose(base, kind, acting, dropout=False, exact=merged and self._exact)
         formed = _Fused(fused, base, acting, keep_values=not merged)
         if type(fused) is Tensor:  # not one of a mode that only pretends to compute
             if len(self._fused) >= MOST_KEPT:
@@ -384,12 +390,11 @@ class _Fused:
         return True
 
 
-def _is_still(low_rank: LowRank) -> bool:
-    """Whether calling the module twice gives the same, and does nothing else: no dropout, no hooks."""
-    dropping = low_rank.training and low_rank.config.rank_dropout > 0
+def _is_repeatable(low_rank: LowRank) -> bool:
+    """Whether calling the module twice without dropout gives the same, and does nothing else: no hooks."""
     hooked = low_rank._forward_pre_hooks or low_rank._forward_hooks
     parameters = all(isinstance(p, nn.Parameter) and not p.is_inference() for p in low_rank.factors().values())
-    return type(low_rank) is LowRank and parameters and not (dropping or hooked)
+    return type(low_rank) is LowRank and parameters and not hooked
 
 
 _NOT_FORMED = _Fused.__new__(_Fused)  # a mark, without values

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -80,8 +81,9 @@ def _own_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _is_one(values: Sequence[Tensor]) -> bool:
-    """Whether tensors are one in memory."""
-    return all((v.data_ptr(), v.shape) == (values[0].data_ptr(), values[0].shape) for v in values)
+    """Whether tensors that were merged apart hold the same, as those of tied modules with tied copies do."""
+    first = values[0]
+    return all(v is first or (v.dtype == first.dtype and torch.equal(v, first)) for v in values)
 
 
 def _set_buffer(module: nn.Module, kind: str, value: Tensor) -> Callable[[], None]:

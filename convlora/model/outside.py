@@ -86,8 +86,8 @@ def changed(model: nn.Module) -> list[str]:
     """The names of Parameters and buffers that no adapter holds and that have changed since `inject`, or train.
 
     An adapter's file does not have them: `modules_to_save` and `norm_statistics` of `inject` are for what is to travel.
-    Told by PyTorch's count of writes, then by the values: what was only moved, copied or written with its own values
-    has not changed. Parameters that were frozen before `inject` are the model's own to write; what reaches `p.data`
+    Parameters are told by PyTorch's count of writes, then by the values, buffers by the values: what was only moved,
+    copied or written with its own values has not changed. Parameters that were frozen before `inject` are the model's own to write; what reaches `p.data`
     alone is not seen. Empty for a model without adapters.
 
     Example:
@@ -112,7 +112,9 @@ def changed(model: nn.Module) -> list[str]:
             if tensor.requires_grad:
                 found[tensor_key(path, name)] = None
             elif record is not None and (record.trained or not isinstance(tensor, nn.Parameter)):
-                same = (id(tensor), _version(tensor)) == (record.identity, record.version)
+                # BatchNorm's kernels write its statistics without counting: buffers are told by their values alone.
+                counts = isinstance(tensor, nn.Parameter)
+                same = counts and (id(tensor), _version(tensor)) == (record.identity, record.version)
                 if not same and tensor.dtype == record.dtype and record.bits is not None:
                     written.append((tensor_key(path, name), tensor, record))
     sums = _sums_of_bits([tensor for _, tensor, _ in written])
