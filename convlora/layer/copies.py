@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,16 @@ class TensorCopies(AdapterTensors):
                 self._parameters[name] = tensor
             else:
                 self.register_buffer(name, tensor)
+        self._made: dict[str, int] | None = self._versions()
         # The strength as a tensor, for compiled models: another one makes no graph anew.
         device = next(iter(tensors.values())).device if tensors else None
         self.register_buffer(_GAIN, torch.ones((), dtype=torch.float32, device=device), persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}  # a copy of the model does not know whether it was trained before
+
+    def _versions(self) -> dict[str, int]:
+        return {n: -1 if t.is_inference() else t._version for n, t in self.tensors().items()}
 
     @property
     def gain(self) -> Tensor:
@@ -74,6 +82,16 @@ class TensorCopies(AdapterTensors):
     def equal(self, others: Mapping[str, Tensor]) -> bool:
         """Whether all copies have the values, shapes included, that tensors of the same names have."""
         return all(name in others and torch.equal(t, others[name]) for name, t in self.tensors().items())
+
+    def follow_base(self, base: Mapping[str, Tensor]) -> None:
+        """Start as the base does, which has other values now, while nothing was trained yet."""
+        if self._made is None or self._made != self._versions():
+            return
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                if name in base and base[name].shape == tensor.shape and not (tensor.is_meta or base[name].is_meta):
+                    tensor.copy_(base[name])
+        self._made = self._versions()
 
     def trains(self) -> bool:
         """Whether any Parameter of the adapter does, here or in another module."""

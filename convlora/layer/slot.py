@@ -59,6 +59,9 @@ class Slot(nn.Module):
     def names(self) -> list[str]:
         return list(self._modules)
 
+    def entries(self) -> list[AdapterTensors]:
+        return list(self._modules.values())  # type: ignore[arg-type]
+
     def low_ranks(self) -> dict[str, LowRank]:
         """Adapter name -> factors, of those that update this layer."""
         return {name: entry for name, entry in self._modules.items() if isinstance(entry, LowRank)}

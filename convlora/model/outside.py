@@ -33,6 +33,7 @@ class Record(NamedTuple):
 
 def freeze_base(root: nn.Module) -> None:
     """Freeze and record what has no record yet: what a user unfroze since the first adapter stays as it is."""
+    root._load_state_dict_post_hooks[_RECORDS] = _base_loaded  # type: ignore[index]
     new = [(m, n, t) for _, m in base_modules(root) if _RECORDS not in m.__dict__ for n, t in own_tensors(m).items()]
     trained = {id(tensor) for _, _, tensor in new if tensor.requires_grad}
     for (module, name, tensor), bits in zip(new, _sums_of_bits([tensor for _, _, tensor in new]), strict=True):
@@ -45,12 +46,27 @@ def freeze_base(root: nn.Module) -> None:
 
 def thaw_base(root: nn.Module, released: Iterable[nn.Module]) -> None:
     """Make trainable again what `inject` froze: everything with the last adapter, else the released modules."""
+    if not adapter_slots(root):
+        for module in root.modules():
+            module._load_state_dict_post_hooks.pop(_RECORDS, None)  # type: ignore[call-overload]
     held = {id(p) for _, m in base_modules(root) if isinstance(m, Adapted) for p in m._parameters.values()}
     for module in released if adapter_slots(root) else list(root.modules()):
         for name, record in module.__dict__.pop(_RECORDS, {}).items():
             p = own_tensors(module).get(name)
             if record.trained and p is not None and id(p) not in held:
                 _set_requires_grad(p, True)
+
+
+def _base_loaded(root: nn.Module, _: object) -> None:
+    """Once a checkpoint without adapters was loaded into the model, that is the base: it is recorded anew."""
+    if any(entry.was_loaded for slot in adapter_slots(root) for entry in slot.entries()):
+        return
+    known = [
+        (m, n, t) for _, m in base_modules(root) for n, t in own_tensors(m).items() if n in m.__dict__.get(_RECORDS, {})
+    ]
+    for (module, name, tensor), bits in zip(known, _sums_of_bits([tensor for _, _, tensor in known]), strict=True):
+        trained = module.__dict__[_RECORDS][name].trained
+        module.__dict__[_RECORDS][name] = Record(trained, id(tensor), _version(tensor), tensor.dtype, bits)
 
 
 def is_frozen(root: nn.Module) -> bool:
