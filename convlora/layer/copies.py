@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from convlora.config import AdapterConfig
 from convlora.layer.loading import AdapterTensors
 
 _GAIN = "_convlora_gain"
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 class TensorCopies(AdapterTensors):
@@ -37,7 +38,7 @@ class TensorCopies(AdapterTensors):
                 self._parameters[name] = tensor
             else:
                 self.register_buffer(name, tensor)
-        self._made: dict[str, int] | None = self._versions()
+        self._made: dict[str, tuple[int, int | None]] | None = self._state()
         # The strength as a tensor, for compiled models: another one makes no graph anew.
         device = next(iter(tensors.values())).device if tensors else None
         self.register_buffer(_GAIN, torch.ones((), dtype=torch.float32, device=device), persistent=False)
@@ -45,8 +46,10 @@ class TensorCopies(AdapterTensors):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": None}  # a copy of the model does not know whether it was trained before
 
-    def _versions(self) -> dict[str, int]:
-        return {n: -1 if t.is_inference() else t._version for n, t in self.tensors().items()}
+    def _state(self) -> dict[str, tuple[int, int | None]]:
+        """What tells of a write: PyTorch's count, and the bits of buffers, which norms write uncounted."""
+        sums = sums_of_bits([t if n in self._buffers else None for n, t in self.tensors().items()])
+        return {n: (version(t), bits) for (n, t), bits in zip(self.tensors().items(), sums, strict=True)}
 
     @property
     def gain(self) -> Tensor:
@@ -85,13 +88,13 @@ class TensorCopies(AdapterTensors):
 
     def follow_base(self, base: Mapping[str, Tensor]) -> None:
         """Start as the base does, which has other values now, while nothing was trained yet."""
-        if self._made is None or self._made != self._versions():
+        if self._made is None or self._made != self._state():
             return
         with torch.no_grad():
             for name, tensor in self.tensors().items():
                 if name in base and base[name].shape == tensor.shape and not (tensor.is_meta or base[name].is_meta):
                     tensor.copy_(base[name])
-        self._made = self._versions()
+        self._made = self._state()
 
     def trains(self) -> bool:
         """Whether any Parameter of the adapter does, here or in another module."""
@@ -139,3 +142,27 @@ def copied(module: nn.Module, name: str, made: dict[int, Tensor], values: Tensor
     if own is not None:
         made[id(own)] = copy
     return copy
+
+
+def sums_of_bits(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    """The values of each tensor, taken for integers and summed; one wait for each device. None where there are none."""
+    sums = [None if tensor is None else _sum_of_bits(tensor) for tensor in tensors]
+    result: list[int | None] = [None] * len(tensors)
+    for device in {s.device for s in sums if s is not None}:
+        places = [place for place, s in enumerate(sums) if s is not None and s.device == device]
+        for place, value in zip(places, torch.stack([sums[p] for p in places]).tolist(), strict=True):  # type: ignore[misc]
+            result[place] = value
+    return result
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor | None:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
+    if not plain or tensor.is_quantized:
+        return None
+    values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return values.contiguous().view(-1).view(_INTEGERS[values.element_size()]).sum(dtype=torch.int64)
+
+
+def version(tensor: Tensor) -> int:
+    """PyTorch's count of the writes to a tensor; -1 where it has none."""
+    return -1 if nn.parameter.is_lazy(tensor) or tensor.is_inference() else tensor._version
