@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import in_processes
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -361,6 +362,32 @@ def test_saving_in_half_precision_keeps_integers(tmp_path: Path) -> None:
     modules = Adapter.read(tmp_path / "a.safetensors").modules
     assert modules["fc"]["weight"].dtype == torch.float16
     assert modules["down.1"]["num_batches_tracked"].dtype == torch.int64
+
+
+def _trains_under_ddp(rank: int, folder: str) -> dict[str, Any]:
+    """What one of two processes has after three steps, each on images of its own."""
+    base, targets, saved_modules, x = made("unet")
+    model = convlora.inject(copy.deepcopy(base), targets, rank=1, modules_to_save=saved_modules)
+    trained(nn.parallel.DistributedDataParallel(model), x + rank, convlora.parameters(model), steps=3)
+    convlora.save(nn.parallel.DistributedDataParallel(model), f"{folder}/a.safetensors")
+    with torch.no_grad():
+        y = model(x)
+    return {
+        "same base": same_state(base_state(model), base.state_dict()),
+        "output": y,
+        "changed": convlora.changed(model),
+    }
+
+
+def test_two_processes_train_one_adapter_with_its_copies(tmp_path: Path) -> None:
+    found = in_processes(tmp_path, _trains_under_ddp, str(tmp_path))
+    base, _, _, x = made("unet")
+    loaded = convlora.load(base, tmp_path / "a.safetensors").eval()
+    for each in found:
+        assert each["same base"]
+        assert each["changed"] == []
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), found[0]["output"])  # threads round differently
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
