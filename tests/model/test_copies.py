@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import TORCH
 from processes import in_processes
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -410,6 +411,8 @@ def test_who_keeps_statistics_is_told_by_the_buffers() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_frozen_statistics_are_nobodys(compiled: bool) -> None:
+    if compiled and TORCH < (2, 14):
+        pytest.skip("Dynamo of PyTorch 2.6 cannot trace a property named training; between, it was not tried")
     base, targets, saved_modules, x = made("unet")
     model = convlora.inject(
         copy.deepcopy(base), targets, rank=1, modules_to_save=saved_modules, norm_statistics="frozen"
