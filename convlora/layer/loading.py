@@ -25,6 +25,10 @@ class AdapterTensors(nn.Module):
         """The names of its tensors in a checkpoint."""
         raise NotImplementedError
 
+    def updates(self, kind: str) -> bool:
+        """Whether it adds something to the weight, or to the bias."""
+        return False
+
     def set_strength(self, strength: float) -> None:
         raise NotImplementedError
 

@@ -124,8 +124,11 @@ class Slot(nn.Module):
             return self._live(base, f"{kind} {strengths}", acting, kind) if acting else base
         if self.merged:
             return self._merged(base, kind)
-        acting = self._acting(self.strengths(), kind)
-        return self._live(base, kind, acting, kind) if acting else base
+        if not self.active:
+            return base
+        entries: Any = [self._modules[name] for name in self.active]
+        live = [(entry, entry.strength) for entry in entries if entry.updates(kind)]
+        return self._live(base, kind, live, kind) if live else base
 
     def acting(self) -> dict[str, float]:
         """Adapter name -> strength, of those that act for the caller."""
