@@ -1,10 +1,10 @@
 """Hostile files: is each of them read correctly or refused, quickly, in little memory, and without a trace?
 
-Thousands of damaged files of every format (`mutate`, from the good ones of `seeds`) go through all that reads adapters.
-A case fails if anything but an adapter or a `ConvLoRAError` of one line comes out; if an adapter has other values than
-the file; if a refused call changed one bit, flag or class of a model; if anything was executed, or written; if a call
-took more than a second of CPU time, or the process grew by more than `allowed` bytes meanwhile. These two bounds do not
-hold for pickles: `torch.load` reads them, and its time and memory are what PyTorch takes.
+Thousands of files of every format (those of `corpus`, damaged by `mutate`) go through all that reads adapters. A case
+fails if anything but an adapter or a `ConvLoRAError` of one line comes out; if an adapter has other values than the
+file; if a refused call changed one bit, flag or class of a model; if anything was executed, or written; if a call took
+more than a second of CPU time, or the process grew by more than `allowed` bytes meanwhile. These two bounds do not hold
+for pickles: `torch.load` reads them, and its time and memory are what PyTorch takes.
 
 The cases run in a process of its own, so that a crash or a hang is one failed case, too. A case depends on nothing but
 the seed and its number: `python -m benchmarks.trust.fuzz SEED NUMBER` runs one again and shows what becomes of it.
@@ -36,7 +36,7 @@ from oracle import bytes_of, snapshot
 from torch import nn
 
 import convlora
-from benchmarks.trust import ROOT, environment, mutate, seeds
+from benchmarks.trust import ROOT, corpus, environment, mutate
 from benchmarks.trust.mutate import Files
 from convlora import Adapter, ConvLoRAError, formats
 
@@ -93,7 +93,7 @@ def allowed(case: Case) -> int:
 
 def case_of(seed: int, index: int, good: dict[str, list[tuple[str, Files]]], sentinel: Path) -> Case:
     """The case of a number: the formats take turns; large files come first."""
-    large = list(seeds.large().values()) if index < LARGE else []
+    large = list(corpus.large_files().values()) if index < LARGE else []
     if index < len(large):
         return Case(*large[index]())
     rng = random.Random(f"{seed} {index}")
@@ -111,22 +111,22 @@ class Trial:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.sentinel = folder / "executed"
-        self.good = seeds.seeds(seeds.network())
+        self.good = corpus.seed_files(corpus.network())
         self.watch = Watch()
         self.prepare()
 
     def prepare(self) -> None:
         """The models: a plain one, and for each format one with an adapter that its good files fit."""
-        self.base = seeds.network()
+        self.base = corpus.network()
         self.specs = formats.specs_of(self.base)
         self.hot = {kind: self._hot(kind) for kind in formats.FORMATS}
         self.kept = {id(model): convlora.adapter(model) for model in self.hot.values()}
         self.before = {id(model): snapshot(model) for model in (self.base, *self.hot.values())}
 
     def _hot(self, kind: str) -> nn.Module:
+        targets = {"convlora": "*", "loralib": [*corpus.PLAIN, "body.1"]}.get(kind, corpus.PLAIN)
         factors = "locon" if kind in ("peft", "locon") else "convlora"
-        targets = seeds.PLAIN if kind in ("peft", "locon") else "*" if kind == "convlora" else [*seeds.PLAIN, "body.1"]
-        return seeds.adapted(self.base, targets, rank=2, factors=factors, bias=kind == "convlora")
+        return corpus.adapted(self.base, targets, rank=2, factors=factors, bias=kind == "convlora")
 
     def run(self, index: int, case: Case) -> Outcome:
         """Put one case through all that reads it."""
@@ -157,7 +157,7 @@ class Trial:
 
     def _calls(self, case: Case, place: Path) -> Iterator[tuple[str, Callable[[], Any], nn.Module | None]]:
         """Name, call, and the model that it loads the adapter onto, if it does."""
-        alpha: dict[str, Any] = {"alpha": seeds.ALPHA} if case.kind == "loralib" else {}
+        alpha: dict[str, Any] = {"alpha": corpus.ALPHA} if case.kind == "loralib" else {}
         options = {**alpha, "rank": 2} if alpha else {}
         kind, base, hot, read = case.kind, self.base, self.hot[case.kind], formats.read
         if case.kind == "convlora":
@@ -237,7 +237,7 @@ def differences(adapter: Adapter, case: Case) -> list[str]:
             if not known and not (folded and name in ("lora_A", "lora_bias")):
                 wrong.append(f"{path}.{name} is not what the file holds")
     if case.kind == "convlora":
-        packed = mutate.Packed.of(case.files[case.name])
+        packed = mutate.SafetensorsParts.of(case.files[case.name])
         stated = json.loads(dict(packed.metadata)["layers"])
         if set(stated) != set(adapter.layers):
             wrong.append(f"layers {list(adapter.layers)} instead of {list(stated)}")
@@ -254,7 +254,7 @@ def _content(name: str, raw: bytes) -> dict[str, tuple[str, bytes]]:
     if name.endswith(".json"):
         return {}
     if name.endswith(".safetensors"):
-        packed = mutate.Packed.of(raw)
+        packed = mutate.SafetensorsParts.of(raw)
         ends = {key: (entry["dtype"], entry["data_offsets"]) for key, entry in packed.entries}
         return {key: (dtype, packed.data[first:last]) for key, (dtype, (first, last)) in ends.items()}
     with warnings.catch_warnings():
