@@ -63,6 +63,7 @@ def _native(base: nn.Module) -> Iterator[tuple[str, Files]]:
         {"targets": "*", "rank": 2, "bias": True},
         {"targets": PLAIN, "rank": 2, "factors": "locon", "rank_scaling": "sqrt", "alpha": 0.5, "name": "rain"},
         {"targets": "*", "ranks": {"stem": 1}, "alphas": {"head": 7}, "rank": 3},
+        {"targets": "*", "rank": 1, "modules_to_save": "head"},
     ):
         adapter = convlora.adapter(adapted(base, **options))
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -74,6 +75,7 @@ def _peft(base: nn.Module) -> Iterator[tuple[str, Files]]:
         ({"rank": 2, "alpha": ALPHA}, None),
         ({"rank": 2, "ranks": {"stem": 1}, "alphas": {"head": 7}, "rank_scaling": "sqrt"}, ""),
         ({"rank": 1, "bias": True}, None),
+        ({"rank": 1, "modules_to_save": "head"}, None),
     ):
         adapter = convlora.adapter(adapted(base, PLAIN, factors="locon", **options))
         yield _written(adapter, "peft", "rain", prefix=prefix)

@@ -129,6 +129,7 @@ class _Trial:
         self.adapt(model)
         check("identity", lambda: _same(self.outputs(model), expected))
         check("step", lambda: self.step(model))
+        self.move_statistics(model)
 
         randomise(model, std=0.1)
         acting = self.outputs(model)
@@ -147,6 +148,7 @@ class _Trial:
             check("merge", lambda: list(fresh.state_dict()) == list(state))
 
         convlora.unmerge(convlora.merge(model))
+        check("remove", lambda: not (names := convlora.changed(model)) or f"changed outside: {', '.join(names[:3])}")
         convlora.remove(model)
         check("remove", lambda: bits(model) == state and [type(m) for m in model.modules()] == kinds)
         check("remove", lambda: [(id(p), p.requires_grad) for p in model.parameters()] == identities)
@@ -195,6 +197,13 @@ class _Trial:
         """Seeded, and on inputs of its own: some networks draw noise, some write to their input."""
         arguments, keywords = self.case.seeded_inputs()
         return [leaf for leaf in nested_leaves(model(*arguments, **keywords)) if isinstance(leaf, Tensor)]
+
+    def move_statistics(self, model: nn.Module) -> None:
+        """Two forwards in train mode, which nothing puts back: the adapter's own statistics are to travel."""
+        with torch.no_grad():
+            for _ in range(2):
+                self.forward(model.train())
+        model.eval()
 
     def step(self, model: nn.Module) -> bool | str:
         ours = {id(p) for p in convlora.parameters(model)}
