@@ -20,8 +20,6 @@ import copy
 import functools
 import itertools
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -33,26 +31,31 @@ import torch.nn.functional as F
 import typer
 from common import (
     RESULTS,
-    Case,
     Section,
-    interleave,
-    machine,
-    milliseconds,
-    now,
+    TimedCase,
+    facts_of_run,
+    in_new_process,
     peak_memory,
-    versions,
+    time_interleaved,
     write_results,
 )
 from safetensors.torch import save_file
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from sr.data import Patches
 from sr.degradations import enlarge
 from sr.metrics import quality
 from sr.networks import load_any
-from sr.training import Schedule, make_accelerator, train
-from trials import Result, carry_all, count, judge, mean_and_deviation, photos
+from torch import Tensor, nn
+from trials import (
+    Result,
+    count_parameters,
+    mean_and_deviation,
+    named_paths,
+    photo_pairs,
+    psnr_and_ssim,
+    results_of_all,
+    set_up_training,
+    train_for,
+)  # fmt: skip
 
 import convlora
 
@@ -127,7 +130,7 @@ def spending(model: nn.Module, rank: int, factors: str) -> int:
 
 def largest_rank(model: nn.Module, budget: float, factors: str) -> int:
     """The largest rank of which adapters on every layer stay within the budget."""
-    allowed, rank = budget * count(model.parameters()), 0
+    allowed, rank = budget * count_parameters(model.parameters()), 0
     while spending(model, rank + 1, factors) <= allowed:
         rank += 1
     if not rank:
@@ -140,38 +143,32 @@ def largest_rank(model: nn.Module, budget: float, factors: str) -> int:
 
 def carry_out(trial: Trial, data: Path, bases: Mapping[str, Path]) -> Result:
     """Train and judge; the first seed also on clean input, with adapters switched off where they can be."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(trial.seed)
+    set_up_training(trial.seed)
     model, scale = load_any(bases[trial.base])
-    pairs = photos(data, trial.judged, trial.degradation)
+    pairs = photo_pairs(data, trial.judged, trial.degradation)
     if trial.method == "bicubic":
         reached = quality([enlarge(pair.low, scale) for pair in pairs], [pair.high for pair in pairs], scale)
         return {"judged": [reached.psnr, reached.ssim]}
-    result: Result = {"base_parameters": count(model.parameters())}
+    result: Result = {"base_parameters": count_parameters(model.parameters())}
     if trial.rate:
-        training = photos(data, "train", trial.degradation, draws=2)
+        training = photo_pairs(data, "train", trial.degradation, draws=2)
         patches, others = (
             Patches(training, patch=trial.patch, batch=trial.batch, seed=seed)
             for seed in (trial.seed, 10**6 + trial.seed)
         )
         parameters = prepare_method(model, trial, itertools.islice(others, BATCHES))
-        trained = train(
-            model,
-            parameters,
-            patches,
-            Schedule(steps=trial.steps, seconds=float("inf"), rate=trial.rate, warmup=20),
-            make_accelerator("cpu"),
-            measure=lambda: 0.0,
-            on_step=lambda progress, loss: None,
-        )
-        result |= {"parameters": count(parameters), "bytes": file_size(model, trial), "seconds": trained.seconds}
+        trained = train_for(trial.steps, trial.rate, model, parameters, patches)
+        result |= {
+            "parameters": count_parameters(parameters),
+            "bytes": file_size(model, trial),
+            "seconds": trained.seconds,
+        }
         if trial.method.endswith("allocated"):
             result["ranks"] = {layer.name: layer.rank for layer in convlora.summary(model).layers}
-    result["judged"] = judge(model, pairs)
+    result["judged"] = psnr_and_ssim(model, pairs)
     if trial.judged == "val" and trial.seed == 0:
         switch_off(model, trial)
-        result["clean"] = judge(model, photos(data, "val", "clean"))
+        result["clean"] = psnr_and_ssim(model, photo_pairs(data, "val", "clean"))
     return result
 
 
@@ -256,23 +253,23 @@ def table(base: str, degradation: str, rows: Mapping[str, list[Trial]], found: M
         "clean bicubic input against the base, adapters switched off, first seed.",
         ("method", "rate", "trained", "file, kB", "PSNR-Y", "gain, dB", "SSIM-Y", "over all weights", "clean"),
     )
-    start, full = (found[rows[name][0]] for name in ("base, frozen", "all weights"))
+    frozen, full = (found[rows[name][0]] for name in ("base, frozen", "all weights"))
     level = statistics.mean(found[trial]["judged"][0] for trial in rows["all weights"])
     for name, trials in rows.items():
         results = [found[trial] for trial in trials]
         psnr, ssim = zip(*(result["judged"] for result in results), strict=True)
-        gains = [value - start["judged"][0] for value in psnr]
+        gains = [value - frozen["judged"][0] for value in psnr]
         is_trained = trials[0].rate > 0
         parameters = results[0].get("parameters", 0)
-        clean = f"{results[0]['clean'][0] - start['clean'][0]:+.3f}" if is_trained else ""
-        section.rows.append((
+        clean = f"{results[0]['clean'][0] - frozen['clean'][0]:+.3f}" if is_trained else ""
+        section.add(
             name, f"{trials[0].rate:g}" if is_trained else "",
             f"{parameters:,} ({parameters / full['base_parameters']:.1%})" if is_trained else "",
             f"{results[0]['bytes'] / 1000:.0f}" if is_trained else "",
             f"{statistics.mean(psnr):.3f}", mean_and_deviation(gains) if is_trained else "",
             f"{statistics.mean(ssim):.4f}", f"{statistics.mean(psnr) - level:+.3f}" if is_trained else "", clean,
-        ))  # fmt: skip
-        section.data.append({"method": name, "psnr": psnr, "ssim": ssim, **results[0]})
+            method=name, psnr=psnr, ssim=ssim, **results[0],
+        )  # fmt: skip
     return section
 
 
@@ -295,24 +292,18 @@ def goals(rows: Mapping[tuple[str, str], Mapping[str, list[Trial]]], found: Mapp
             for (method, budget), psnr in by_method.items()
             if budget == least and method != "PEFT"
         )
-        differences = [
-            [
-                a - b
-                for a, b in zip(
-                    by_method.get((f"{factors} allocated", budget), ()),
-                    by_method.get((factors, budget), ()),
-                    strict=True,
-                )
-            ]
+        pairs = [
+            (by_method.get((f"{factors} allocated", budget), ()), by_method.get((factors, budget), ()))
             for budget in BUDGETS
             for factors in ("locon", "convlora")
         ]
+        differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
         verdict = "met" if best - full > -0.03 else "missed"
-        shown = (mean_and_deviation(pairs) if pairs else "" for pairs in differences)
-        section.rows.append((f"{base}, {degradation}", f"{best - full:+.3f} ({verdict})", *shown))
-        section.data.append(
-            {"base": base, "degradation": degradation, "over_full": best - full, "allocated": differences}
-        )
+        section.add(
+            f"{base}, {degradation}", f"{best - full:+.3f} ({verdict})",
+            *(mean_and_deviation(values) if values else "" for values in differences),
+            base=base, degradation=degradation, over_full=best - full, allocated=differences,
+        )  # fmt: skip
     return section
 
 
@@ -351,20 +342,16 @@ def costs(bases: Mapping[str, Path], rounds: int) -> Section:
     )
     for name, path in bases.items():
         steps = {method: one_step(path, method, patch) for method in COSTS}
-        cases = [Case(method, lambda _, step=step: step()) for method, step in steps.items()]
-        times = interleave(name, cases, rounds)
+        cases = [TimedCase(method, lambda _, step=step: step()) for method, step in steps.items()]
+        times = time_interleaved(name, cases, rounds)
         for method in COSTS:
-            command = [sys.executable, __file__, ".", "--base", f"{name}={path}", "--measure", method]
-            memory = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            memory = int(*in_new_process(__file__, ".", "--base", f"{name}={path}", "--measure", method))
             ratio = times[method].over(times["full"])
-            section.rows.append((
-                name, METHODS.get(method, "all weights"),
-                f"{milliseconds(times[method].median)} ({milliseconds(times[method].iqr)})",
-                f"{ratio.wall:.2f}", f"{memory / 2**20:.0f}",
-            ))  # fmt: skip
-            section.data.append({
-                "base": name, "method": method, **times[method].facts(), "over_full": vars(ratio), "peak_bytes": memory,
-            })  # fmt: skip
+            section.add(
+                name, METHODS.get(method, "all weights"), str(times[method]), f"{ratio.wall:.2f}",
+                f"{memory / 2**20:.0f}",
+                base=name, method=method, **times[method].facts(), over_full=vars(ratio), peak_bytes=memory,
+            )  # fmt: skip
     return section
 
 
@@ -383,13 +370,13 @@ def main(
 ) -> None:
     """AdaptSR: low-rank adaptation to degraded photos beside full fine-tuning."""
     torch.set_num_threads(1)
-    bases = {name: Path(path) for name, _, path in (text.partition("=") for text in base)}
+    bases = named_paths(base)
     if measure:
         path = next(iter(bases.values()))
         one_step(path, measure, 8)()  # what is made once, at the first call, does not count
         print(peak_memory(one_step(path, measure, Trial("", "", "").patch)))
         return
-    facts = {"date": now(), "machine": machine(), "versions": versions(["torch", "peft", "spandrel", "convlora"])}
+    facts = facts_of_run("torch", "peft", "spandrel", "convlora")
     carry = functools.partial(carry_out, data=data, bases=bases)
     rows: dict[tuple[str, str], dict[str, list[Trial]]] = {}
     found: dict[Trial, Result] = {}
@@ -398,13 +385,13 @@ def main(
         searched = searches(name, is_richer)
         unsettled = searched
         while unsettled:
-            found |= carry_all([trial for choice in unsettled.values() for trial in choice], carry, trials, jobs)
+            found |= results_of_all([trial for choice in unsettled.values() for trial in choice], carry, trials, jobs)
             unsettled = widened(unsettled, found)
             searched |= unsettled
         rates = {setting: best(choice, found).rate for setting, choice in searched.items()}
         rows |= {(name, d): table_trials(name, d, rates, seeds, is_richer) for d in DEGRADED}
         wanted = [trial for d in DEGRADED for row in rows[name, d].values() for trial in row]
-        found |= carry_all(wanted, carry, trials, jobs)
+        found |= results_of_all(wanted, carry, trials, jobs)
     sections = [goals(rows, found), *(table(*place, row, found) for place, row in rows.items()), costs(bases, rounds)]
     for section in sections:
         section.show()

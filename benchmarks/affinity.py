@@ -10,8 +10,6 @@ that of the process (its peak while the function runs less what it had before), 
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +17,16 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from common import RESULTS, Case, Section, interleave, machine, milliseconds, now, peak_memory, versions, write_results
+from common import (
+    RESULTS,
+    Section,
+    TimedCase,
+    facts_of_run,
+    in_new_process,
+    peak_memory,
+    time_interleaved,
+    write_results,
+)
 from torch import Tensor
 
 from convlora.distill import spatial_affinity
@@ -65,13 +72,14 @@ def timing(device: str, dtype: torch.dtype, sides: list[int], rounds: int) -> Se
     )
     for side in sides:
         pair = features(4, side, device, dtype)
-        cases = [Case(form, lambda _, form=form, pair=pair: step(form, pair)) for form in FORMS]
-        times = interleave(f"{side} x {side}", cases, rounds)
+        cases = [TimedCase(form, lambda _, form=form, pair=pair: step(form, pair)) for form in FORMS]
+        times = time_interleaved(f"{side} x {side}", cases, rounds)
         ratio = times["textbook"].over(times["blocks"])
-        cells = [f"{milliseconds(times[form].median)} ({milliseconds(times[form].iqr)})" for form in FORMS]
         goal = ("met" if ratio.wall >= 4 else "missed") if device == "cpu" and dtype == torch.float32 else ""
-        section.rows.append((str(side), *cells, f"{ratio.wall:.1f} ({ratio.cpu:.1f})", goal))
-        section.data.append({"side": side, **{f: t.facts() for f, t in times.items()}, "ratio": vars(ratio)})
+        section.add(
+            str(side), *(str(times[form]) for form in FORMS), f"{ratio.wall:.1f} ({ratio.cpu:.1f})", goal,
+            side=side, **{form: times[form].facts() for form in FORMS}, ratio=vars(ratio),
+        )  # fmt: skip
     return section
 
 
@@ -89,8 +97,7 @@ def extra_memory(form: str, images: int, side: int) -> tuple[int, float]:
 
 def measured_apart(form: str, images: int, side: int) -> tuple[int, float]:
     """The same in a fresh process."""
-    command = [sys.executable, __file__, "--measure", f"{form},{images},{side}"]
-    memory, seconds = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    memory, seconds = in_new_process(__file__, "--measure", f"{form},{images},{side}")
     return int(memory), float(seconds)
 
 
@@ -109,11 +116,11 @@ def memory_section() -> Section:
             goal = "met" if blocks <= other / 20 else "missed"
         if side == 256:
             goal = "met" if blocks < 1e9 else "missed"
-        section.rows.append((
+        section.add(
             f"{images} x {side}", f"{blocks / 2**20:.1f}", f"{other / 2**20:.0f}" if other else "not run",
             f"1/{other / blocks:.0f}" if other else "", f"{seconds:.2f}", goal,
-        ))  # fmt: skip
-        section.data.append({"images": images, "side": side, "blocks": blocks, "textbook": other, "seconds": seconds})
+            images=images, side=side, blocks=blocks, textbook=other, seconds=seconds,
+        )  # fmt: skip
     return section
 
 
@@ -140,8 +147,7 @@ def accuracy() -> Section:
             scale = exact_gradient.abs().max()
             errors[form] = abs(value - exact) / exact, float((gradient.double() - exact_gradient).abs().max() / scale)
         goal = "met" if errors["blocks"][0] <= 1e-6 else "missed"
-        section.rows.append((f"{noise:g}", *(f"{e:.0e}" for form in FORMS for e in errors[form]), goal))
-        section.data.append({"noise": noise, **errors})
+        section.add(f"{noise:g}", *(f"{e:.0e}" for form in FORMS for e in errors[form]), goal, noise=noise, **errors)
     return section
 
 
@@ -164,7 +170,7 @@ def main(
         form, images, side = measure.split(",")
         print(*extra_memory(form, int(images), int(side)))
         return
-    facts = {"date": now(), "machine": machine(), "versions": versions(["torch", "convlora"])}
+    facts = facts_of_run("torch", "convlora")
     sections = [timing("cpu", torch.float32, [32, 48, 64], 3 if quick else rounds)]
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()

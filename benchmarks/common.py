@@ -16,6 +16,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -29,12 +30,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for `sr`: networks, photos and training of the examples
+
 RESULTS = Path(__file__).parent / "results"
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass(frozen=True)
-class Case:
+class TimedCase:
     """One thing to time: `run(prepare())`, of which only `run` is timed, `calls` times in a row; `after` tidies up."""
 
     name: str
@@ -57,12 +60,16 @@ class Times:
 
     @property
     def iqr(self) -> float:
-        return spread(self.wall)
+        return interquartile_range(self.wall)
+
+    def __str__(self) -> str:
+        """Milliseconds: median (interquartile range)."""
+        return f"{milliseconds(self.median)} ({milliseconds(self.iqr)})"
 
     def over(self, other: Times) -> Ratio:
         return Ratio(
             statistics.median(pairs := [a / b for a, b in zip(self.wall, other.wall, strict=True)]),
-            spread(pairs),
+            interquartile_range(pairs),
             statistics.median(a / b for a, b in zip(self.cpu, other.cpu, strict=True)),
             min(self.wall) / min(other.wall),
         )
@@ -81,8 +88,12 @@ class Ratio:
     cpu: float
     minima: float
 
+    def __str__(self) -> str:
+        """Wall time: median (interquartile range)."""
+        return f"{self.wall:.3f} ({self.iqr:.3f})"
 
-def spread(values: Sequence[float]) -> float:
+
+def interquartile_range(values: Sequence[float]) -> float:
     """The interquartile range."""
     if len(values) < 2:
         return 0.0
@@ -90,7 +101,7 @@ def spread(values: Sequence[float]) -> float:
     return high - low
 
 
-def interleave(title: str, cases: Sequence[Case], rounds: int) -> dict[str, Times]:
+def time_interleaved(title: str, cases: Sequence[TimedCase], rounds: int) -> dict[str, Times]:
     """Time all cases once a round, in random order; one round more, the first, is not counted.
 
     Garbage is collected before each timing and not during it.
@@ -108,7 +119,7 @@ def interleave(title: str, cases: Sequence[Case], rounds: int) -> dict[str, Time
     return times
 
 
-def _once(case: Case) -> tuple[float, float]:
+def _once(case: TimedCase) -> tuple[float, float]:
     prepared = case.prepare()
     gc.collect(0 if case.calls > 1 else 2)
     gc.disable()
@@ -123,7 +134,7 @@ def _once(case: Case) -> tuple[float, float]:
     return wall / case.calls, cpu / case.calls
 
 
-def calls_for(run: Callable[[], Any], seconds: float) -> int:
+def calls_that_take(run: Callable[[], Any], seconds: float) -> int:
     """How many calls in a row take about this long."""
     run()
     start = time.perf_counter()
@@ -156,13 +167,24 @@ def peak_memory(run: Callable[[], Any]) -> int:
     return peak - before
 
 
+def in_new_process(script: str, *options: str) -> list[str]:
+    """The words that another run of a script prints in its last line."""
+    done = subprocess.run([sys.executable, script, *options], check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.splitlines()[-1].split()
+
+
 def _resident() -> int:
     """Bytes of this process in memory now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+def facts_of_run(*packages: str) -> dict[str, Any]:
+    """What the figures depend on: date, machine, and the versions of Python and of packages."""
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return {"date": now, "machine": _machine(), "versions": _versions(packages)}
+
+
+def _machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -180,8 +202,7 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Python's version and those of packages."""
+def _versions(packages: Iterable[str]) -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -200,6 +221,11 @@ class Section:
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]] = field(default_factory=list)
     data: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, *cells: str, **data: Any) -> None:
+        """One row, as it is shown and as data."""
+        self.rows.append(cells)
+        self.data.append(data)
 
     def show(self) -> None:
         table = Table(title=self.title, caption=self.note, title_justify="left", caption_justify="left")
@@ -220,7 +246,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def write_results(path: Path, command: str, facts: Mapping[str, Any], sections: Sequence[Section]) -> None:
-    """`path` as JSON, and beside it the same tables as Markdown."""
+    """`path` as JSON, and beside it the same tables as Markdown; `facts` are those of `facts_of_run`, and more."""
     path.parent.mkdir(parents=True, exist_ok=True)
     named = {section.title: {"note": section.note, "rows": section.data} for section in sections}
     path.write_text(json.dumps({"command": command, **facts, "results": named}, indent=1) + "\n")
@@ -231,10 +257,6 @@ def write_results(path: Path, command: str, facts: Mapping[str, Any], sections: 
     )
     path.with_suffix(".md").write_text("\n\n".join([head + ".", *(s.markdown() for s in sections)]) + "\n")
     console.print(f"written: {path} and {path.with_suffix('.md')}")
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def milliseconds(seconds: float) -> str:

@@ -21,25 +21,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from common import RESULTS, Case, Section, interleave, machine, now, versions, write_results
-from torch.utils.flop_counter import FlopCounterMode
-
-import convlora
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from common import RESULTS, Section, TimedCase, facts_of_run, time_interleaved, write_results
 from sr.data import Patches
 from sr.distillation import Distillation, inject_dsclora
 from sr.models import load_span
-from sr.training import Schedule, make_accelerator, train
-from trials import Result, carry_all, count, judge, mean_and_deviation, photos
+from torch.utils.flop_counter import FlopCounterMode
+from trials import (
+    Result,
+    count_parameters,
+    mean_and_deviation,
+    named_paths,
+    photo_pairs,
+    psnr_and_ssim,
+    results_of_all,
+    set_up_training,
+    train_for,
+)  # fmt: skip
+
+import convlora
 
 JUDGED = {"set5": "Set5", "val": "BSDS val", "kept out": "kept out"}
 
@@ -97,29 +103,22 @@ ROBUST: dict[str, dict[str, float | bool]] = {
 
 def carry_out(run: Run, data: Path, bases: dict[str, Path]) -> Result:
     """Train, merge, remove, judge."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(run.seed)
+    set_up_training(run.seed)
     model, _ = load_span(bases[run.base])
     teacher = load_span(bases[run.by])[0].requires_grad_(False) if run.by else None
-    result: Result = {"base_parameters": count(model.parameters())}
+    result: Result = {"base_parameters": count_parameters(model.parameters())}
     parameters = list(model.parameters()) if run.full else convlora.parameters(inject_dsclora(model))
     if run.steps:
-        trained = train(
-            model,
-            parameters,
-            Patches(photos(data, "train", run.degradation), patch=run.patch, batch=run.batch, seed=run.seed),
-            Schedule(steps=run.steps, seconds=float("inf"), rate=run.rate, warmup=20),
-            make_accelerator("cpu"),
-            measure=lambda: 0.0,
-            on_step=lambda progress, loss: None,
-            make_loss=Distillation(run.high, run.teacher, run.affinity, run.clean_teacher, teacher),
-        )
-        result["seconds"] = trained.seconds
+        patches = Patches(photo_pairs(data, "train", run.degradation), patch=run.patch, batch=run.batch, seed=run.seed)
+        loss = Distillation(run.high, run.teacher, run.affinity, run.clean_teacher, teacher)
+        result["seconds"] = train_for(run.steps, run.rate, model, parameters, patches, make_loss=loss).seconds
     if not run.full:
         convlora.remove(convlora.merge(model))
-    result |= {"trained_parameters": count(parameters), "merged_parameters": count(model.parameters())}
-    return result | {name: judge(model, photos(data, name, run.degradation)) for name in run.judged}
+    result |= {
+        "trained_parameters": count_parameters(parameters),
+        "merged_parameters": count_parameters(model.parameters()),
+    }
+    return result | {name: psnr_and_ssim(model, photo_pairs(data, name, run.degradation)) for name in run.judged}
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -137,19 +136,19 @@ def table(title: str, note: str, rows: dict[tuple[str, str], list[Run]], found: 
     section = Section(title, note, ("base", "method", "trained", *columns))
     for (base, method), runs in rows.items():
         results = [found[run] for run in runs]
-        start = found[base_run(base, runs[0])]
+        unchanged = found[base_run(base, runs[0])]
         cells, data = [], {"base": base, "method": method, "runs": [dataclasses.asdict(run) for run in runs]}
         for name in judged:
             psnr, ssim = zip(*(result[name] for result in results), strict=True)
-            gains = [value - start[name][0] for value in psnr]
+            gains = [value - unchanged[name][0] for value in psnr]
             cells += [f"{statistics.mean(psnr):.3f}", mean_and_deviation(gains) if runs[0].steps else ""]
             cells += [f"{statistics.mean(ssim):.4f}"]
             data |= {f"{name} psnr": psnr, f"{name} ssim": ssim, f"{name} gain": statistics.mean(gains)}
         first = results[0]
         trained = first["trained_parameters"] if runs[0].steps else 0
         share = f"{trained:,} ({trained / first['base_parameters']:.0%})" if trained else ""
-        section.rows.append((base, method, share, *cells))
-        section.data.append({**data, "trained_parameters": trained, "seconds": [r.get("seconds") for r in results]})
+        data |= {"trained_parameters": trained, "seconds": [result.get("seconds") for result in results]}
+        section.add(base, method, share, *cells, **data)
     return section
 
 
@@ -162,11 +161,13 @@ def with_bases(rows: dict[tuple[str, str], list[Run]]) -> dict[tuple[str, str], 
     return result
 
 
-def paper_rows(bases: Iterable[str], seeds: int) -> dict[tuple[str, str], list[Run]]:
+def rows_of(
+    methods: Mapping[str, Mapping[str, Any]], base: str, seeds: int, **common: Any
+) -> dict[tuple[str, str], list[Run]]:
+    """One row for each method, with a run for each seed."""
     return {
-        (base, name): [Run(base, seed=seed, **method) for seed in range(seeds)]  # type: ignore[arg-type]
-        for base in bases
-        for name, method in METHODS.items()
+        (base, name): [Run(base, seed=seed, **common, **method) for seed in range(seeds)]
+        for name, method in methods.items()
     }
 
 
@@ -183,20 +184,6 @@ def sweep_rows(base: str) -> dict[tuple[str, str], list[Run]]:
                     rows[base, name] = [run]
     everything = Run(base, teacher=1.0, affinity=1.0, judged=("kept out", "set5"))
     return rows | {(base, "all three weights 1"): [everything]}
-
-
-def robust_rows(base: str, seeds: int) -> dict[tuple[str, str], list[Run]]:
-    return {
-        (base, name): [Run(base, degradation="camera", seed=seed, **method) for seed in range(seeds)]  # type: ignore[arg-type]
-        for name, method in ROBUST.items()
-    }
-
-
-def better_rows(base: str, teacher: str, seeds: int) -> dict[tuple[str, str], list[Run]]:
-    return {
-        (base, name): [Run(base, by=teacher, seed=seed, **method) for seed in range(seeds)]  # type: ignore[arg-type]
-        for name, method in BETTER.items()
-    }
 
 
 def inference(bases: dict[str, Path], rounds: int) -> Section:
@@ -219,16 +206,16 @@ def inference(bases: dict[str, Path], rounds: int) -> Section:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(x)
             operations[kind] = counter.get_total_flops()
-        cases = [Case(kind, torch.no_grad()(lambda _, m=m: m(x)), calls=4) for kind, m in models.items()]
-        times = interleave(name, cases, rounds)
+        cases = [TimedCase(kind, torch.no_grad()(lambda _, m=m: m(x)), calls=4) for kind, m in models.items()]
+        times = time_interleaved(name, cases, rounds)
         ratio = times["merged"].over(times["base"])
-        section.rows.append((
-            name, f"{count(base.parameters()):,}", f"{count(models['merged'].parameters()):,}",
+        sizes = {kind: count_parameters(model.parameters()) for kind, model in models.items()}
+        section.add(
+            name, f"{sizes['base']:,}", f"{sizes['merged']:,}",
             *(f"{operations[kind] / 1e9:.3f}" for kind in ("base", "merged")),
             f"{times['base'].median * 1e3:.1f}", f"{ratio.wall:.3f} (CPU {ratio.cpu:.3f})",
-        ))  # fmt: skip
-        sizes = {kind: count(model.parameters()) for kind, model in models.items()}
-        section.data.append({"base": name, "parameters": sizes, "flop": operations, "ratio": vars(ratio)})
+            base=name, parameters=sizes, flop=operations, ratio=vars(ratio),
+        )  # fmt: skip
     return section
 
 
@@ -245,18 +232,18 @@ def main(
 ) -> None:
     """DSCLoRA on SPAN: the table of the paper, the regime, the robust variant."""
     torch.set_num_threads(1)
-    bases = {name: Path(path) for name, _, path in (text.partition("=") for text in base)}
+    bases = named_paths(base)
     first = next(iter(bases))
-    paper = with_bases(paper_rows(bases, seeds))
+    paper = with_bases({place: runs for name in bases for place, runs in rows_of(METHODS, name, seeds).items()})
     regimes = {name: with_bases(sweep_rows(name)) for name in sweep or [first]}
-    robustness = with_bases(robust_rows(robust or first, seeds))
+    robustness = with_bases(rows_of(ROBUST, robust or first, seeds, degradation="camera"))
     student, _, teacher = (better or f"{list(bases)[-1]}={first}").partition("=")
-    others = with_bases(better_rows(student, teacher, seeds))
-    facts = {"date": now(), "machine": machine(), "versions": versions(["torch", "spandrel", "convlora"])}
+    others = with_bases(rows_of(BETTER, student, seeds, by=teacher))
+    facts = facts_of_run("torch", "spandrel", "convlora")
     carry = functools.partial(carry_out, data=data, bases=bases)
     found: dict[Run, Result] = {}
     for rows in (paper, robustness, others, *regimes.values()):
-        found |= carry_all((run for line in rows.values() for run in line), carry, runs, jobs)
+        found |= results_of_all((run for line in rows.values() for run in line), carry, runs, jobs)
     defaults = Run("")
     recipe = (
         f"{defaults.steps} steps, Adam, cosine, batch {defaults.batch}, LR patch {defaults.patch}, turned and "

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,16 +20,23 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import RESULTS, Case, Section, calls_for, interleave, machine, milliseconds, now, versions, write_results
+from common import (
+    RESULTS,
+    Section,
+    TimedCase,
+    calls_that_take,
+    facts_of_run,
+    milliseconds,
+    time_interleaved,
+    write_results,
+)
 from spandrel.architectures.ESRGAN import ESRGAN
+from sr.models import new_span
 from torch import Tensor, nn
 
 import convlora
 from convlora.layer.adapted import slot_of
 from convlora.model.traversal import adapted_layers
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from sr.models import new_span
 
 RANK = 4
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -70,17 +76,17 @@ def live(rounds: int) -> Section:
                 slot._fused.clear()
             model(x)
 
-        calls = calls_for(lambda x=x, model=models["base"]: model(x), 0.1)
+        calls = calls_that_take(lambda x=x, model=models["base"]: model(x), 0.1)
         cases = [
-            Case(key, formed if key == "formed" else lambda _, x=x, model=model: model(x), calls=calls)
+            TimedCase(key, formed if key == "formed" else lambda _, x=x, model=model: model(x), calls=calls)
             for key, model in models.items()
         ]
-        times = interleave(name, cases, rounds)
+        times = time_interleaved(name, cases, rounds)
         over = {key: times[key].over(times["base"]) for key in models if key != "base"}
-        section.rows.append((
-            name, milliseconds(times["base"].median), *(f"{r.wall:.3f} ({r.iqr:.3f})" for r in over.values())
-        ))  # fmt: skip
-        section.data.append({"net": name, "base": times["base"].facts(), **{k: vars(r) for k, r in over.items()}})
+        section.add(
+            name, milliseconds(times["base"].median), *map(str, over.values()),
+            net=name, base=times["base"].facts(), **{key: vars(ratio) for key, ratio in over.items()},
+        )  # fmt: skip
     return section
 
 
@@ -99,17 +105,15 @@ def switching(rounds: int) -> Section:
         convlora.activate(model, next(names))
 
     cases = [
-        Case("activate the other adapter", lambda _: switch()),
-        Case("the first forward after it", lambda _: model(x), prepare=switch),
-        Case("a later forward", lambda _: model(x), prepare=lambda: model(x)),
+        TimedCase("activate the other adapter", lambda _: switch()),
+        TimedCase("the first forward after it", lambda _: model(x), prepare=switch),
+        TimedCase("a later forward", lambda _: model(x), prepare=lambda: model(x)),
     ]
-    times = interleave("switching", cases, rounds)
+    times = time_interleaved("switching", cases, rounds)
     for case in cases:
-        section.rows.append((case.name, f"{milliseconds(times[case.name].median)} ({times[case.name].iqr * 1e3:.2f})"))
-        section.data.append({"step": case.name, **times[case.name].facts()})
-    again = recompilations()
-    section.rows.append(("compilations again after loading a file over the adapter of a compiled SPAN", str(again)))
-    section.data.append({"step": "recompilations", "count": again})
+        section.add(case.name, str(times[case.name]), step=case.name, **times[case.name].facts())
+    again, what = recompilations(), "compilations again after loading a file over the adapter of a compiled SPAN"
+    section.add(what, str(again), step="recompilations", count=again)
     return section
 
 
@@ -160,20 +164,18 @@ def several(rounds: int) -> Section:
         same = adapted(lambda channels=channels: new_span(channels), names)
         difference = float((alone() - together()).abs().max())
         cases = [
-            Case("together", lambda _, run=together: run()),
-            Case("alone", lambda _, run=alone: run()),
-            Case("same", lambda _, model=same, x=x: model(x)),
+            TimedCase("together", lambda _, run=together: run()),
+            TimedCase("alone", lambda _, run=alone: run()),
+            TimedCase("same", lambda _, model=same, x=x: model(x)),
         ]
-        times = interleave(f"SPAN-{channels}", cases, rounds)
+        times = time_interleaved(f"SPAN-{channels}", cases, rounds)
         over = {key: times[key].over(times["together"]) for key in ("alone", "same")}
-        section.rows.append((
+        section.add(
             f"SPAN-{channels}", milliseconds(times["together"].median),
             *(f"{r.wall:.2f} ({r.iqr:.2f})" for r in over.values()), f"{difference:.0e}",
-        ))  # fmt: skip
-        section.data.append({
-            "net": f"SPAN-{channels}", "together": times["together"].facts(), "difference": difference,
+            net=f"SPAN-{channels}", together=times["together"].facts(), difference=difference,
             **{key: vars(ratio) for key, ratio in over.items()},
-        })  # fmt: skip
+        )  # fmt: skip
     return section
 
 
@@ -185,7 +187,7 @@ def main(
     """Inference with live adapters."""
     torch.set_num_threads(threads)
     start = time.monotonic()
-    facts = {"date": now(), "machine": machine(), "versions": versions(["torch", "convlora", "spandrel"])}
+    facts = facts_of_run("torch", "convlora", "spandrel")
     sections = [live(rounds), switching(rounds), several(rounds)]
     for section in sections:
         section.show()

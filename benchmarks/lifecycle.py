@@ -15,13 +15,13 @@ And what `import convlora` adds to `import torch`. Goal: at most 0.2 s.
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,15 +29,13 @@ import torch
 import typer
 from common import (
     RESULTS,
-    Case,
     Section,
+    TimedCase,
     Times,
-    calls_for,
-    interleave,
-    machine,
+    calls_that_take,
+    facts_of_run,
     milliseconds,
-    now,
-    versions,
+    time_interleaved,
     write_results,
 )
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
@@ -52,9 +50,6 @@ RANK = 4
 FACTORS = ("convlora", "locon")
 # The convolutions of RRDBNet as one expression: PEFT goes through a list of names for every module, which takes longer.
 PEFT_TARGETS = r"model\.(0|3|6|8|10|1\.sub\.23|1\.sub\.\d+\.RDB\d\.conv\d\.0)"
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
 
 # --- 1. the verbs -----------------------------------------------------------------------------------------------
 
@@ -79,7 +74,7 @@ def peft_config() -> LoraConfig:
 def verbs(rounds: int) -> Section:
     base = esrgan()
     with tempfile.TemporaryDirectory() as folder:
-        times = {verb: interleave(verb, cases, rounds) for verb, cases in _verb_cases(base, Path(folder))}
+        times = {verb: time_interleaved(verb, cases, rounds) for verb, cases in _verb_cases(base, Path(folder))}
     section = Section(
         f"Verbs on an ESRGAN, rank {RANK}",
         "Milliseconds: median (interquartile range). Ratios: PEFT over convlora, above 1 convlora is faster; wall time"
@@ -89,16 +84,16 @@ def verbs(rounds: int) -> Section:
     for verb, of in times.items():
         *ours, peft = of
         ratios = [of[peft].over(of[name]) for name in ours]
-        section.rows.append((
-            verb, f"`{peft}`", _cell(of[peft]), *(_cell(of[name]) for name in ours),
+        section.add(
+            verb, f"`{peft}`", str(of[peft]), *(str(of[name]) for name in ours),
             *(f"{r.wall:.2f} ({r.cpu:.2f})" for r in ratios), "met" if all(r.wall > 1 for r in ratios) else "missed",
-        ))  # fmt: skip
-        facts = {name: times.facts() for name, times in of.items()}
-        section.data.append({"verb": verb, "times": facts, "ratios": dict(zip(ours, map(vars, ratios), strict=True))})
+            verb=verb, times={name: times.facts() for name, times in of.items()},
+            ratios=dict(zip(ours, map(vars, ratios), strict=True)),
+        )  # fmt: skip
     return section
 
 
-def _verb_cases(base: nn.Module, folder: Path) -> Iterator[tuple[str, list[Case]]]:
+def _verb_cases(base: nn.Module, folder: Path) -> Iterator[tuple[str, list[TimedCase]]]:
     """Per verb the cases of the two factorizations, then PEFT's; factors are random, as after training.
 
     A generator, since later verbs change the models that earlier ones are timed on.
@@ -116,93 +111,61 @@ def _verb_cases(base: nn.Module, folder: Path) -> Iterator[tuple[str, list[Case]
     ours = {factors: adapted(factors) for factors in FACTORS}
     theirs = randomize(get_peft_model(fresh(), peft_config()))
 
-    def rows(run: Callable[[str, Any], Any], prepare: Callable[[str], Any], after: Any = lambda model: None) -> Any:
-        return [Case(f, lambda m, f=f: run(f, m), lambda f=f: prepare(f), after) for f in FACTORS]
+    def cases(run: Any, prepare: Callable[[str], Any], *peft: Any, after: Any = lambda model: None) -> list[TimedCase]:
+        """Those of the two factorizations, `run(factors, prepare(factors))`, and PEFT's."""
+        ours = [TimedCase(f, functools.partial(run, f), functools.partial(prepare, f), after) for f in FACTORS]
+        return [*ours, TimedCase(*peft)]
 
-    yield (
-        "inject",
-        [
-            *rows(lambda f, m: convlora.inject(m, "*", rank=RANK, factors=f), lambda f: fresh()),
-            Case("inject_adapter_in_model", lambda m: inject_adapter_in_model(peft_config(), m), fresh),
-        ],
-    )
-    yield (
-        "merge",  # convlora refuses non-finite weights by default, PEFT does not look
-        [
-            *rows(lambda f, m: convlora.merge(m), ours.get, convlora.unmerge),
-            Case("merge_adapter", lambda m: m.merge_adapter(), lambda: theirs, lambda m: m.unmerge_adapter()),
-        ],
-    )
-    yield (
-        "merge, both checked",
-        [
-            *rows(lambda f, m: convlora.merge(m), ours.get, convlora.unmerge),
-            Case(
-                "merge_adapter(safe_merge=True)",
-                lambda m: m.merge_adapter(safe_merge=True),
-                lambda: theirs,
-                lambda m: m.unmerge_adapter(),
-            ),
-        ],
-    )
+    def plain(factors: str) -> nn.Module:
+        return fresh()
 
     def merged_peft() -> Any:
         theirs.merge_adapter()
         return theirs
 
-    yield (
-        "unmerge",
-        [
-            *rows(lambda f, m: convlora.unmerge(m), lambda f: convlora.merge(ours[f])),
-            Case("unmerge_adapter", lambda m: m.unmerge_adapter(), merged_peft),
-        ],
-    )
-    yield (
-        "save",  # with checksum, fingerprint of the base and fsync; PEFT writes tensors and config
-        [
-            *rows(lambda f, m: convlora.save(m, file(f)), ours.get),
-            Case("save_pretrained", lambda m: m.save_pretrained(folder / "peft"), lambda: theirs),
-        ],
-    )
+    yield "inject", cases(
+        lambda f, m: convlora.inject(m, "*", rank=RANK, factors=f), plain,
+        "inject_adapter_in_model", lambda m: inject_adapter_in_model(peft_config(), m), fresh,
+    )  # fmt: skip
+    for verb, peft_verb, options in (  # convlora refuses non-finite weights by default, PEFT does not look
+        ("merge", "merge_adapter", {}), ("merge, both checked", "merge_adapter(safe_merge=True)", {"safe_merge": True}),
+    ):  # fmt: skip
+        yield verb, cases(
+            lambda f, m: convlora.merge(m), ours.get,
+            peft_verb, lambda m, options=options: m.merge_adapter(**options), lambda: theirs,
+            lambda m: m.unmerge_adapter(), after=convlora.unmerge,
+        )  # fmt: skip
+    yield "unmerge", cases(
+        lambda f, m: convlora.unmerge(m), lambda f: convlora.merge(ours[f]),
+        "unmerge_adapter", lambda m: m.unmerge_adapter(), merged_peft,
+    )  # fmt: skip
+    yield "save", cases(  # with checksum, fingerprint of the base and fsync; PEFT writes tensors and config
+        lambda f, m: convlora.save(m, file(f)), ours.get,
+        "save_pretrained", lambda m: m.save_pretrained(folder / "peft"), lambda: theirs,
+    )  # fmt: skip
     for factors, model in ours.items():  # also where no round of "save" ran
         convlora.save(model, file(factors))
     theirs.save_pretrained(folder / "peft")
-    yield (
-        "load into a plain model",
-        [
-            *rows(lambda f, m: convlora.load(m, file(f)), lambda f: fresh()),
-            Case("from_pretrained", lambda m: PeftModel.from_pretrained(m, folder / "peft"), fresh),
-        ],
-    )
-    yield (
-        "load over an adapter",
-        [
-            *rows(lambda f, m: convlora.load(m, file(f)), ours.get),
-            Case("hotswap_adapter", lambda m: hotswap_adapter(m, str(folder / "peft"), "default"), lambda: theirs),
-        ],
-    )
+    yield "load into a plain model", cases(
+        lambda f, m: convlora.load(m, file(f)), plain,
+        "from_pretrained", lambda m: PeftModel.from_pretrained(m, folder / "peft"), fresh,
+    )  # fmt: skip
+    yield "load over an adapter", cases(
+        lambda f, m: convlora.load(m, file(f)), ours.get,
+        "hotswap_adapter", lambda m: hotswap_adapter(m, str(folder / "peft"), "default"), lambda: theirs,
+    )  # fmt: skip
     for factors, model in ours.items():
         convlora.inject(model, "*", rank=RANK, factors=factors, name="second")
     theirs.add_adapter("second", peft_config())
 
-    def switch_ours(factors: str) -> nn.Module:
-        return convlora.activate(ours[factors], "default")
-
-    def switch_peft() -> Any:
+    def switched_peft() -> Any:
         theirs.set_adapter("default")
         return theirs
 
-    yield (
-        "activate the other of two",
-        [
-            *rows(lambda f, m: convlora.activate(m, "second"), switch_ours),
-            Case("set_adapter", lambda m: m.set_adapter("second"), switch_peft),
-        ],
-    )
-
-
-def _cell(times: Times) -> str:
-    return f"{milliseconds(times.median)} ({milliseconds(times.iqr)})"
+    yield "activate the other of two", cases(
+        lambda f, m: convlora.activate(m, "second"), lambda f: convlora.activate(ours[f], "default"),
+        "set_adapter", lambda m: m.set_adapter("second"), switched_peft,
+    )  # fmt: skip
 
 
 # --- 2. one layer, 3. whole models ------------------------------------------------------------------------------
@@ -220,15 +183,15 @@ def forwards(
     section = Section(title, note, ("variant", "ms", "CPU time", "wall time", "IQR of wall", "minima", "goal"))
     first, *_ = variants
     with torch.no_grad():
-        calls = calls_for(lambda: variants[first](x), seconds=0.02)
-        times = interleave(title, [Case(n, lambda x, m=m: m(x), lambda: x, calls=calls) for n, m in variants.items()],
-                           rounds)  # fmt: skip
+        calls = calls_that_take(lambda: variants[first](x), seconds=0.02)
+        cases = [TimedCase(name, model, lambda: x, calls=calls) for name, model in variants.items()]
+        times = time_interleaved(title, cases, rounds)
     for name, of in times.items():
         ratio = of.over(times[first])
         goal = "" if name not in goals else "met" if goals[name][0] <= ratio.cpu <= goals[name][1] else "missed"
         figures = (f"{value:.3f}" for value in (ratio.cpu, ratio.wall, ratio.iqr, ratio.minima))
-        section.rows.append((name, milliseconds(of.median), *figures, goal))
-        section.data.append({"variant": name, "calls_per_round": calls, **of.facts(), "ratio": vars(ratio)})
+        data = {"variant": name, "calls_per_round": calls, **of.facts(), "ratio": vars(ratio)}
+        section.add(name, milliseconds(of.median), *figures, goal, **data)
     return section
 
 
@@ -290,36 +253,25 @@ def import_time(rounds: int) -> Section:
         ("", "median", "IQR", "CPU time", "goal"),
     )  # fmt: skip
     figures = (times.median, times.iqr, statistics.median(times.cpu))
-    section.rows.append(("import", *map(milliseconds, figures), "met" if times.median <= 0.2 else "missed"))
-    section.data.append(times.facts())
+    goal = "met" if times.median <= 0.2 else "missed"
+    section.add("import", *map(milliseconds, figures), goal, **times.facts())
     return section
 
 
 # --- the program ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Adapters larger than their layer (the first and the last here) are no news."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@app.command(help=__doc__)
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds of each verb; forwards get more.", min=1)] = 11,
     quick: Annotated[bool, typer.Option("--quick", help="Three rounds, to see that it runs; writes nothing.")] = False,
-    json: Annotated[Path, typer.Option(help="Where the results go; .md beside it.")] = RESULTS / "lifecycle.json",
+    out: Annotated[Path, typer.Option(help="Results as JSON, and beside it as Markdown.")] = RESULTS / "lifecycle.json",
     threads: Annotated[int, typer.Option(help="Threads of torch; 1 is the most stable.", min=1)] = 1,
 ) -> None:
+    """What an adapter costs besides training, next to PEFT."""
     torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")  # adapters larger than their layer, the first and the last here, are no news
     rounds = 3 if quick else rounds
-    facts = {
-        "date": now(),
-        "machine": machine(),
-        "versions": versions(["convlora", "torch", "peft", "spandrel", "safetensors"]),
-    }
+    facts = facts_of_run("convlora", "torch", "peft", "spandrel", "safetensors")
     questions: list[Callable[[], Section]] = [
         lambda: verbs(rounds),
         lambda: layer(1, rounds * 10),
@@ -331,14 +283,13 @@ def main(
         lambda: import_time(min(rounds, 10)),
     ]
     sections = []
-    with quiet():
-        for question in questions:
-            sections.append(question())
-            sections[-1].show()
+    for question in questions:
+        sections.append(question())
+        sections[-1].show()
     if not quick:
         options = [f"--rounds {rounds}"] * (rounds != 11) + [f"--threads {threads}"] * (threads != 1)
-        write_results(json, " ".join(["python benchmarks/lifecycle.py", *options]), facts, sections)
+        write_results(out, " ".join(["python benchmarks/lifecycle.py", *options]), facts, sections)
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

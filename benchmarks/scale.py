@@ -10,8 +10,6 @@ step add to the memory of a process of its own. Beside the table a plot, `result
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,16 +20,15 @@ import torch
 import typer
 from common import (
     RESULTS,
-    Case,
     Section,
-    interleave,
-    machine,
+    TimedCase,
+    facts_of_run,
+    in_new_process,
     milliseconds,
-    now,
     peak_memory,
-    versions,
+    time_interleaved,
     write_results,
-)
+)  # fmt: skip
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -86,21 +83,20 @@ def measure(size: Size, rounds: int) -> tuple[dict[str, Any], Any]:
             return copy.deepcopy(plain)
 
         cases = [
-            Case("inject", size.inject, prepare=copied),
-            Case("save", lambda _: convlora.save(model, place / "b.safetensors")),
-            Case("load", lambda net: convlora.load(net, path), prepare=copied),
-            Case("floor", lambda _: floor()),
-            Case("step", lambda _: trained()),
+            TimedCase("inject", size.inject, prepare=copied),
+            TimedCase("save", lambda _: convlora.save(model, place / "b.safetensors")),
+            TimedCase("load", lambda net: convlora.load(net, path), prepare=copied),
+            TimedCase("floor", lambda _: floor()),
+            TimedCase("step", lambda _: trained()),
         ]
-        times = interleave(f"{size.layers} layers, rank {size.rank}", cases, rounds)
+        times = time_interleaved(f"{size.layers} layers, rank {size.rank}", cases, rounds)
         facts: dict[str, Any] = {name: times[name].facts() for name in times} | {
             "layers": size.layers, "rank": size.rank, "channels": size.channels, "side": size.side,
             "parameters": convlora.summary(model).trainable, "bytes": path.stat().st_size,
         }  # fmt: skip
     for part in ("adapter", "step", "frozen step"):
-        command = [sys.executable, __file__, "--part", f"{part}|{size.layers}|{size.rank}|{size.channels}|{size.side}"]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        facts[f"{part} memory"] = int(printed.splitlines()[-1])
+        numbers = f"{size.layers}|{size.rank}|{size.channels}|{size.side}"
+        facts[f"{part} memory"] = int(*in_new_process(__file__, "--part", f"{part}|{numbers}"))
     return facts, times["step"].over(times["floor"])
 
 
@@ -130,12 +126,11 @@ def table(title: str, sizes: list[Size], rounds: int) -> Section:
         facts, ratio = measure(size, rounds)
         memory = [f"{facts[f'{part} memory'] / 2**20:.1f}" for part in ("adapter", "step", "frozen step")]
         above = (facts["step"]["median_s"] - facts["floor"]["median_s"]) / size.layers
-        section.rows.append((
+        section.add(
             str(size.layers), str(size.rank), f"{facts['parameters']:,}", f"{facts['bytes'] / 1000:.0f}",
             *(milliseconds(facts[verb]["median_s"]) for verb in VERBS), f"{ratio.wall:.2f} ({ratio.iqr:.2f})",
-            f"{above * 1e3:.2f}", *memory,
-        ))  # fmt: skip
-        section.data.append(facts | {"over_floor": vars(ratio)})
+            f"{above * 1e3:.2f}", *memory, **facts, over_floor=vars(ratio),
+        )  # fmt: skip
         print(*section.rows[-1], sep=" | ", flush=True)
     return section
 
@@ -167,7 +162,7 @@ def main(
     if part:
         print(memory_of(part))
         return
-    facts = {"date": now(), "machine": machine(), "versions": versions(["torch", "convlora"])}
+    facts = facts_of_run("torch", "convlora")
     sections = [table("By number of layers", BY_LAYERS, rounds), table("By rank", BY_RANK, rounds)]
     for section in sections:
         section.show()

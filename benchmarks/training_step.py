@@ -15,44 +15,41 @@ from __future__ import annotations
 
 import logging
 import shlex
-import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import loralib
 import torch
 import typer
 from common import (
     RESULTS,
-    Case,
     Section,
-    interleave,
-    machine,
+    TimedCase,
+    facts_of_run,
+    in_new_process,
     milliseconds,
-    now,
     peak_memory,
-    versions,
+    time_interleaved,
     write_results,
-)
+)  # fmt: skip
 from lycoris import LycorisNetwork, create_lycoris
 from peft import LoraConfig, inject_adapter_in_model
 from spandrel.architectures.ESRGAN import ESRGAN
 from spandrel.architectures.SwinIR import SwinIR
+from sr.models import new_span
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, resnet50
 
 import convlora
 from convlora.layer import forms
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from sr.models import new_span
 
 Layers = nn.Conv2d | nn.Linear
 
@@ -63,7 +60,7 @@ class Net:
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    kinds: type[nn.Module] | Any = nn.Conv2d | nn.Linear
+    kinds: type[nn.Module] | Any = Layers
     ranks: tuple[int, ...] | None = None  # of a large net not all
 
     def build(self) -> nn.Module:
@@ -164,14 +161,11 @@ def ours(factors: str) -> Callable[[nn.Module, list[str], int], nn.Module]:
     return put
 
 
-@contextmanager
-def composite_only() -> Iterator[None]:
-    before = forms.LEAST_WORK, forms.HEAVY
-    forms.LEAST_WORK = forms.HEAVY = float("inf")
-    try:
-        yield
-    finally:
-        forms.LEAST_WORK, forms.HEAVY = before
+def form_of(contestant: str) -> AbstractContextManager[Any]:
+    """A block in which the library takes the plain composite for every layer, if that is the contestant."""
+    if contestant != "composite":
+        return nullcontext()
+    return mock.patch.multiple(forms, LEAST_WORK=float("inf"), HEAVY=float("inf"))
 
 
 FIXED = {"floor": floor, "full": full}
@@ -200,15 +194,12 @@ def step_of(name: str, contestant: str, rank: int) -> tuple[Callable[[], None], 
             nn.init.normal_(parameter, std=0.01)
 
     def run() -> None:
-        model.zero_grad(set_to_none=True)
-        x.grad = None
-        model(x).square().mean().backward()
+        with form_of(contestant):
+            model.zero_grad(set_to_none=True)
+            x.grad = None
+            model(x).square().mean().backward()
 
-    def composite() -> None:
-        with composite_only():
-            run()
-
-    return composite if contestant == "composite" else run, model, x
+    return run, model, x
 
 
 # --- bound and memory ---------------------------------------------------------------------------------------------
@@ -234,7 +225,7 @@ def bound(name: str, rank: int) -> float:
     return 1 + sum(extra for _, extra in works) / sum(work for work, _ in works)
 
 
-def kept_bytes(model: nn.Module, x: Tensor, composite: bool) -> int:
+def kept_bytes(model: nn.Module, x: Tensor, contestant: str) -> int:
     """Bytes of all that autograd keeps for the backward, parameters and buffers apart, shared memory once."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     found: dict[int, int] = {}
@@ -247,18 +238,13 @@ def kept_bytes(model: nn.Module, x: Tensor, composite: bool) -> int:
             alive.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        if composite:
-            with composite_only():
-                model(x)
-        else:
-            model(x)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), form_of(contestant):
+        model(x)
     return sum(found.values())
 
 
 def peak_of(name: str, contestant: str, rank: int, threads: int) -> int:
-    command = [sys.executable, __file__, "--threads", str(threads), "--measure", f"{name}|{contestant}|{rank}"]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return int(*in_new_process(__file__, "--threads", str(threads), "--measure", f"{name}|{contestant}|{rank}"))
 
 
 # --- the table ----------------------------------------------------------------------------------------------------
@@ -280,14 +266,14 @@ def measure_net(name: str, ranks: list[int], rounds: int, threads: int, memory: 
         try:
             run, model, x = step_of(name, contestant, rank)
             run()
-            kept[contestant, rank] = kept_bytes(model, x, contestant == "composite")
+            kept[contestant, rank] = kept_bytes(model, x, contestant)
             steps[contestant, rank] = run
         except Exception as error:
             if contestant in ("floor", "full", "convlora", "composite", "locon"):
                 raise
             failures[contestant, rank] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-    cases = [Case(f"{contestant}|{rank}", lambda _, run=run: run()) for (contestant, rank), run in steps.items()]
-    times = interleave(name, cases, rounds)
+    cases = [TimedCase(f"{contestant}|{rank}", lambda _, run=run: run()) for (contestant, rank), run in steps.items()]
+    times = time_interleaved(name, cases, rounds)
     base = times["floor|0"]
     rows, data = [], []
     full_over = times["full|0"].over(base)
@@ -331,10 +317,7 @@ def main(
         name, contestant, rank = measure.split("|")
         print(peak_memory(step_of(name, contestant, int(rank))[0]))
         return
-    facts = {
-        "date": now(), "machine": machine(),
-        "versions": versions(["torch", "convlora", "peft", "lycoris-lora", "loralib", "spandrel", "torchvision"]),
-    }  # fmt: skip
+    facts = facts_of_run("torch", "convlora", "peft", "lycoris-lora", "loralib", "spandrel", "torchvision")
     command = shlex.join(["python", "benchmarks/training_step.py", *sys.argv[1:]])
     chosen = [int(rank) for rank in ranks.split(",")]
     counts = threads or [1, 2]
@@ -356,12 +339,10 @@ def main(
             section.rows += rows
             section.data += data
             for net_name, contestant, rank, kept, peak in weights:
-                memory.rows.append((
+                memory.add(
                     net_name, contestant, str(rank or ""), f"{kept / 2**20:.1f}", f"{peak / 2**20:.0f}",
-                ))  # fmt: skip
-                memory.data.append({
-                    "net": net_name, "contestant": contestant, "rank": rank, "kept": kept, "peak": peak,
-                })  # fmt: skip
+                    net=net_name, contestant=contestant, rank=rank, kept=kept, peak=peak,
+                )  # fmt: skip
             for row in rows:
                 print(*row, sep=" | ", flush=True)
             write_results(out, command, facts, [part for part in sections if part.rows])

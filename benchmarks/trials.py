@@ -17,10 +17,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sr.data import Pair, crop_photos, degraded_pairs, read_folder
+import torch
+from sr.data import Pair, Patches, crop_photos, degraded_pairs, read_folder
 from sr.degradations import DEGRADATIONS
 from sr.metrics import quality
 from sr.models import upscale
+from sr.training import Schedule, Trained, make_accelerator, train
 from torch import nn
 
 EXCLUDED = "302003"  # the photo of BSDS that is also Set5's woman
@@ -34,7 +36,7 @@ def key(trial: Any) -> str:
     return json.dumps(dataclasses.asdict(trial), sort_keys=True)
 
 
-def carry_all(
+def results_of_all(
     trials: Iterable[Trial], carry_out: Callable[[Trial], Result], kept: Path, jobs: int
 ) -> dict[Trial, Result]:
     """The results of all trials; those that `kept` does not have are carried out, `jobs` at a time.
@@ -59,7 +61,7 @@ def carry_all(
 
 
 @functools.cache
-def photos(data: Path, name: str, degradation: str, draws: int = 1) -> list[Pair]:
+def photo_pairs(data: Path, name: str, degradation: str, draws: int = 1) -> list[Pair]:
     """The pairs of `"train"`, `"kept out"`, `"set5"` or `"val"`, x4."""
     folder = data / {"set5": "set5/HR", "val": "bsds/val"}.get(name, "bsds/train")
     found = [photo for photo in crop_photos(read_folder(folder), 4, 64) if photo.name != EXCLUDED]
@@ -71,13 +73,33 @@ def photos(data: Path, name: str, degradation: str, draws: int = 1) -> list[Pair
     return degraded_pairs(found, DEGRADATIONS[degradation], scale=4, draws=draws, seed=seed)
 
 
-def judge(model: nn.Module, pairs: Sequence[Pair]) -> list[float]:
+def set_up_training(seed: int) -> None:
+    """What comes before a training: the same numbers at every run, on one thread."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(seed)
+
+
+def train_for(
+    steps: int, rate: float, model: nn.Module, parameters: Sequence[nn.Parameter], patches: Patches, **options: Any
+) -> Trained:
+    """A training of so many steps, with 20 of warm-up, on the CPU."""
+    schedule = Schedule(steps=steps, seconds=float("inf"), rate=rate, warmup=20)
+    return train(model, parameters, patches, schedule, make_accelerator("cpu"), **options)
+
+
+def named_paths(texts: Iterable[str]) -> dict[str, Path]:
+    """Of `NAME=path`, each."""
+    return {name: Path(path) for name, _, path in (text.partition("=") for text in texts)}
+
+
+def psnr_and_ssim(model: nn.Module, pairs: Sequence[Pair]) -> list[float]:
     """[PSNR-Y, SSIM-Y]."""
     reached = quality([upscale(model, pair.low) for pair in pairs], [pair.high for pair in pairs], 4)
     return [reached.psnr, reached.ssim]
 
 
-def count(parameters: Iterable[nn.Parameter]) -> int:
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 

@@ -114,6 +114,7 @@ def _facts(adapter: Adapter, file: Path, base: str | None) -> dict[str, str]:
         "factorization": f"`{config.factors}`",
         "targets": ", ".join(_code(str(target)) for target in config.targets),  # type: ignore[union-attr]
         "layers": f"{len(adapter.layers)}",
+        **({"copies of modules": f"{len(adapter.modules)}"} if adapter.modules else {}),
         "rank": ", ".join(f"{rank} ({count} of {len(adapter.layers)} layers)" for rank, count in sorted(ranks.items())),
         "parameters": f"{sum(tensor.numel() for tensor in tensors):,}",
         "file": f"{_code(file.name)}, {len(content):,} bytes, {', '.join(dtypes)}",

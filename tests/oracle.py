@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import convlora
 from convlora.factors.base import WeightSpec
+from convlora.layer.slot import Slot
 
 # (class, arguments, input shape): one line a hazard
 LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
@@ -165,16 +166,17 @@ def delta(name: str, tensors: dict[str, Tensor], spec: WeightSpec) -> Tensor:
     return stored
 
 
+def bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def bits(model: nn.Module) -> dict[str, bytes]:
     """Every entry of the state dict, as bytes."""
-    return {
-        key: value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        for key, value in model.state_dict().items()
-    }
+    return {key: bytes_of(value) for key, value in model.state_dict().items()}
 
 
 def snapshot(model: nn.Module) -> list[Any]:
-    """All that a call which fails must leave alone: classes, identities, order, flags, values."""
+    """All that a call which fails must leave alone: classes, identities, order, flags, values, adapters, what acts."""
     return list(_snapshot(model))
 
 
@@ -182,7 +184,9 @@ def _snapshot(model: nn.Module) -> Iterator[Any]:
     for name, module in model.named_modules(remove_duplicate=False):
         yield name, type(module), module.training, list(module.__dict__), list(module._modules), list(module._buffers)
         yield [(key, id(p), p is not None and p.requires_grad) for key, p in module._parameters.items()]
-    yield bits(model)
+        if isinstance(module, Slot):
+            yield module.state()
+    yield bits(model), convlora.adapters(model)
 
 
 # --- losses between features, by their definitions -----------------------------------------------------------------

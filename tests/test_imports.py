@@ -106,5 +106,5 @@ def test_importing_loads_no_command_line_and_no_example_library() -> None:
     code = "import sys, torch; before = set(sys.modules); import convlora; print(*sorted(set(sys.modules) - before))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     outside = {name.partition(".")[0] for name in loaded} - {"convlora", "torch"}
-    assert outside <= {"safetensors", "tempfile", "difflib", "_hashlib", "hashlib"} | sys.stdlib_module_names
+    assert outside <= {"safetensors", "einops", "tempfile", "difflib", "_hashlib", "hashlib"} | sys.stdlib_module_names
     assert not {"typer", "rich", "numpy.testing", "torch._dynamo"} & set(loaded)

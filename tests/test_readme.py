@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text()
 def test_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(code, {})
-    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"] * code.count("convlora.save(")
+    written = [".pth"] * code.count("torch.save(") + [".safetensors"] * code.count("convlora.save(")
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == written
 
 
 def test_links_point_at_files() -> None:

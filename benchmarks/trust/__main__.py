@@ -14,7 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
-from common import RESULTS, Section, console, machine, now, versions, write_results
+from common import RESULTS, Section, console, facts_of_run, write_results
 
 PARTS = {"fuzz": 20_000, "crash": 200, "machine": 5_000, "models": 1_000, "numerics": 20_000, "soak": 10_000}
 
@@ -38,7 +38,7 @@ def main(
             raise typer.BadParameter(f"{part!r} is none of {', '.join(PARTS)}")
     failed = 0
     for part in chosen:
-        facts = {"date": now(), "machine": machine(), "versions": versions(["torch", "safetensors", "convlora"])}
+        facts = facts_of_run("torch", "safetensors", "convlora")
         cases = count or (max(1, PARTS[part] // 100) if quick else PARTS[part])
         section = importlib.import_module(f"benchmarks.trust.{part}").measure(cases, seed)
         section.show()

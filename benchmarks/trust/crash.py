@@ -33,7 +33,7 @@ from common import Section
 from torch import nn
 
 import convlora
-from benchmarks.trust import seeds
+from benchmarks.trust import ROOT, corpus, environment
 from convlora import Adapter, ConvLoRAError, formats
 
 Result = dict[str, int]
@@ -51,19 +51,13 @@ def measure(count: int, seed: int = 0) -> Section:
     )
     results = {**_in_a_process(count, seed), CALLERS: callers(100 * count, seed)}
     for name, result in results.items():
-        cells = [str(result.get(kind, "")) for kind in ("times", "old", "new", "left behind", "refused", "failed")]
-        section.rows.append((name, *cells))
-        section.data.append({"case": name, **result})
+        section.add(name, *(str(result.get(kind, "")) for kind in section.columns[1:]), case=name, **result)
     return section
 
 
 def _in_a_process(count: int, seed: int) -> dict[str, Result]:
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "benchmarks.trust.crash", str(count), str(seed)]
-    done = subprocess.run(
-        command, cwd=root, env={**os.environ, "PYTHONPATH": path}, check=True, stdout=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment(), check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Result] = json.loads(done.stdout)
     return found
 
@@ -86,9 +80,9 @@ class Place:
         self.folder.mkdir()
         self.file = self.folder / "rain.safetensors"
         base = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3))
-        self.models = [seeds.adapted(base, "*", rank=rank) for rank in (2, 16)]  # of different lengths
+        self.models = [corpus.adapted(base, "*", rank=rank) for rank in (2, 16)]  # of different lengths
         self.adapters = [convlora.adapter(model) for model in self.models]
-        self.locons = [convlora.adapter(seeds.adapted(base, "*", rank=rank, factors="locon")) for rank in (2, 16)]
+        self.locons = [convlora.adapter(corpus.adapted(base, "*", rank=rank, factors="locon")) for rank in (2, 16)]
         self.contents = []
         for model in self.models:
             convlora.save(model, self.file)
@@ -362,7 +356,7 @@ def callers(count: int, seed: int = 0) -> Result:
     """
     torch.manual_seed(seed)
     base = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(8))).eval()
-    model = seeds.adapted(seeds.adapted(base, "*", rank=2, name="a"), "*", rank=2, name="b")
+    model = corpus.adapted(corpus.adapted(base, "*", rank=2, name="a"), "*", rank=2, name="b")
     x, expected = torch.randn(1, 8, 12, 12), []
     with torch.no_grad():
         expected = [convlora.activate(model, choice)(x) for choice in CHOICES]

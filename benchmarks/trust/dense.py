@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 LAYERS = ("stem", "mid", "up", "head")  # each once, in the order of the network
 ALIASES = {"mid": "again"}
-FEATURES = (1, 3, 4, 4)
+INPUT_SHAPE = (1, 3, 4, 4)
 
 Apply = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 APPLY: tuple[tuple[str, Apply], ...] = (
@@ -28,7 +28,7 @@ APPLY: tuple[tuple[str, Apply], ...] = (
 )
 
 
-class Net(nn.Module):
+class OracleNet(nn.Module):
     """A convolution, a grouped one at two places, a transposed one and a Linear; `head.bias` the user has frozen."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 
 @dataclass(frozen=True)
-class Change:
+class UpdateSize:
     """What the rounding of one update depends on: `gain·Σ|b||a|` per element, the number of products, |gain|, dtype."""
 
     size: Tensor
@@ -56,8 +56,8 @@ class Change:
     dtype: torch.dtype
 
 
-def rounding(
-    weight: Tensor, fused: Tensor, changes: Sequence[Change], dtype: torch.dtype, exact: bool = False
+def rounding_bound(
+    weight: Tensor, fused: Tensor, changes: Sequence[UpdateSize], dtype: torch.dtype, exact: bool = False
 ) -> Tensor:
     """How far the fused weight of the library may be from the exact `fused`, element by element, float64.
 
@@ -82,7 +82,7 @@ def rounding(
 
 
 @dataclass
-class Part:
+class LayerFactors:
     """An adapter on one layer: its factors as they must be, bit for bit."""
 
     tensors: dict[str, Tensor]
@@ -111,7 +111,7 @@ class Oracle:
 
     dtype: torch.dtype = torch.float32
     base: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # layer -> kind -> values in `dtype`
-    adapters: dict[str, dict[str, Part]] = field(default_factory=dict)  # name -> layer -> part
+    adapters: dict[str, dict[str, LayerFactors]] = field(default_factory=dict)  # name -> layer -> part
     active: dict[str, float] = field(default_factory=dict)  # name -> strength, never 0
     merged: bool = False
     exact: bool = False
@@ -131,7 +131,7 @@ class Oracle:
         """The adapters on a layer."""
         return [name for name, parts in self.adapters.items() if layer in parts]
 
-    def acting(self, layer: str, kind: str) -> list[tuple[float, Part]]:
+    def acting(self, layer: str, kind: str) -> list[tuple[float, LayerFactors]]:
         found = [(self.active[name], self.adapters[name][layer]) for name in self.on(layer) if name in self.active]
         return found if kind == "weight" else [(s, part) for s, part in found if "lora_bias" in part.tensors]
 
@@ -166,12 +166,12 @@ class Oracle:
         for strength, part in self.acting(layer, kind):
             if kind == "weight":
                 change, size = part.delta(layer).view_as(base), part.delta(layer, absolute=True).view_as(base)
-                changes.append(Change(abs(strength) * size, part.inner, abs(strength * part.scale), part.dtype))
+                changes.append(UpdateSize(abs(strength) * size, part.inner, abs(strength * part.scale), part.dtype))
             else:
                 change = part.tensors["lora_bias"].double()
-                changes.append(Change(abs(strength) * change.abs(), 1, abs(strength), part.dtype))
+                changes.append(UpdateSize(abs(strength) * change.abs(), 1, abs(strength), part.dtype))
             total = total + strength * change
-        return total, rounding(base, total, changes, self.dtype, self.exact)
+        return total, rounding_bound(base, total, changes, self.dtype, self.exact)
 
     def output(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the network gives, and how far rounding can take it from that: a running error analysis.
@@ -209,7 +209,7 @@ class Oracle:
                 wide = {n: part.tensors[n].double().requires_grad_() for n in own}
                 leaves |= {(adapter, layer, n): leaf for n, leaf in wide.items()}
                 if kind == "weight":
-                    change = Part(wide, part.scale).delta(layer).view_as(total)
+                    change = LayerFactors(wide, part.scale).delta(layer).view_as(total)
                 else:
                     change = wide.get("lora_bias", torch.zeros(()))
                 total = total + self.active[adapter] * change

@@ -16,10 +16,11 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from common import Section
@@ -33,19 +34,25 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from oracle import bytes_of, snapshot
 from torch import Tensor, nn
 
 import convlora
-from benchmarks.trust.dense import FEATURES, LAYERS, Net, Oracle, Part
+from benchmarks.trust.dense import INPUT_SHAPE, LAYERS, LayerFactors, Oracle, OracleNet
 from convlora.layer import forms
 
 NAMES = ("rain", "snow", "night")
-STOCK = Net()
+STOCK = OracleNet()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of a gradient, relative to the largest one of all factors; float64 bases have float32 factors.
 CLOSE_GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 4e-2, torch.float64: 1e-5}
 
-FORMS = {"by shape": None, "thin": (0.0, float("inf"), float("inf")), "branches": (0.0, float("inf"), 0)}
+ANY_SIZE = {"LEAST_WORK": 0.0, "LARGEST_SHARE": float("inf")}
+FORMS: dict[str, dict[str, float]] = {
+    "by shape": {"HEAVY": forms.HEAVY},
+    "thin": {**ANY_SIZE, "HEAVY": float("inf")},
+    "branches": {**ANY_SIZE, "HEAVY": 0},
+}
 
 names = st.sampled_from(NAMES)
 seeds = st.integers(0, 2**16)
@@ -59,7 +66,7 @@ class Saved:
     """A file, and what it must hold."""
 
     path: Path
-    parts: dict[str, Part]
+    parts: dict[str, LayerFactors]
     config: convlora.AdapterConfig
     base: str
 
@@ -78,11 +85,11 @@ class Lifecycle(RuleBasedStateMachine):
         torch.manual_seed(at)
         self.folder = Path(tempfile.mkdtemp())
         self.files: list[Saved] = []
-        self.model = Net().to(dtype).eval()
+        self.model = OracleNet().to(dtype).eval()
         self.oracle = Oracle(dtype)
         self.oracle.take_base(self.model.state_dict())
         self.oracle.frozen = {"head.bias"}
-        self.x = torch.randn(FEATURES, generator=self.random)
+        self.x = torch.randn(INPUT_SHAPE, generator=self.random)
         self.done["(lives)"] += 1
         # So that there is a file to load from the first step on.
         self.inject("rain", {"stem", "mid", "up"}, 2, None, "locon", True, "linear", True)
@@ -101,7 +108,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def plain(self) -> nn.Module:
         """A stock network with the base weights."""
-        model = Net().to(self.oracle.dtype).eval()
+        model = OracleNet().to(self.oracle.dtype).eval()
         model.load_state_dict({k: v for k, v in self.oracle.state().items() if ".convlora." not in k})
         return model
 
@@ -127,7 +134,7 @@ class Lifecycle(RuleBasedStateMachine):
     def base_of(self, layers: Any) -> str:
         digest = hashlib.sha256(str(self.oracle.dtype).encode())
         for layer in sorted(layers):
-            digest.update(layer.encode() + bits(self.oracle.base[layer]["weight"]))
+            digest.update(layer.encode() + bytes_of(self.oracle.base[layer]["weight"]))
         return digest.hexdigest()
 
     @contextmanager
@@ -169,7 +176,7 @@ class Lifecycle(RuleBasedStateMachine):
         same(self(), before)
         assert parameter_ids(self.model).items() >= identities.items()
         scale = convlora.adapters(self.model)[name].scale(rank, rank if alpha is None else alpha)
-        self.oracle.adapters[name] = {layer: Part({}, scale) for layer in LAYERS if layer in layers}
+        self.oracle.adapters[name] = {layer: LayerFactors({}, scale) for layer in LAYERS if layer in layers}
         self.take(name)
         for part in self.oracle.adapters[name].values():
             assert not part.tensors["lora_B"].any()
@@ -357,7 +364,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(at=seeds, assign=st.booleans())
     def load_base(self, at: int, assign: bool) -> None:
         torch.manual_seed(at)
-        state = Net().to(self.oracle.dtype).state_dict()
+        state = OracleNet().to(self.oracle.dtype).state_dict()
         self.model.load_state_dict(copy.deepcopy(state), strict=True, assign=assign)
         self.oracle.take_base(state)
         self.done["load a base checkpoint"] += 1
@@ -393,7 +400,7 @@ class Lifecycle(RuleBasedStateMachine):
     @precondition(lambda self: self.oracle.adapters)
     @rule()
     def state_dict_round_trip(self) -> None:
-        fresh = Net().to(self.oracle.dtype).eval()
+        fresh = OracleNet().to(self.oracle.dtype).eval()
         for config in self.configs():
             with quietly("more parameters than the layer"):
                 convlora.inject(fresh, config=config)
@@ -426,7 +433,7 @@ class Lifecycle(RuleBasedStateMachine):
         convlora.save(self.model, path, name)
         assert path.read_bytes() == written
         parts = {
-            layer: Part({n: t.float().clone() for n, t in part.tensors.items()}, part.scale)
+            layer: LayerFactors({n: t.float().clone() for n, t in part.tensors.items()}, part.scale)
             for layer, part in self.oracle.adapters[name].items()
         }
         self.files.append(Saved(path, parts, convlora.adapters(self.model)[name], self.base_of(parts)))
@@ -454,7 +461,7 @@ class Lifecycle(RuleBasedStateMachine):
             convlora.load(self.model, file.path, name=name)
         old = present or {}
         self.oracle.adapters[name] = {
-            layer: Part(
+            layer: LayerFactors(
                 {n: t.to(old[layer].tensors[n] if layer in old else t, copy=True) for n, t in part.tensors.items()},
                 part.scale,
             )
@@ -587,15 +594,9 @@ class Lifecycle(RuleBasedStateMachine):
         self.done["(steps)"] += 1
 
 
-@contextmanager
-def preferring(form: str) -> Iterator[None]:
+def preferring(form: str) -> AbstractContextManager[Any]:
     """A form of the training forward that the sizes of this net would not choose, wherever it is possible."""
-    before = forms.LEAST_WORK, forms.LARGEST_SHARE, forms.HEAVY
-    forms.LEAST_WORK, forms.LARGEST_SHARE, forms.HEAVY = FORMS[form] or before
-    try:
-        yield
-    finally:
-        forms.LEAST_WORK, forms.LARGEST_SHARE, forms.HEAVY = before
+    return mock.patch.multiple(forms, **FORMS[form])
 
 
 class _Stop(Exception):
@@ -610,10 +611,6 @@ def stopped(fails: bool) -> Iterator[None]:
         assert fails
 
 
-def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
 def same(left: Tensor, right: Tensor, what: str = "values") -> None:
     """Bit for bit, but that a zero's sign is free: 0 added to -0 gives 0."""
     assert left.dtype == right.dtype, f"{what}: {left.dtype} and {right.dtype}"
@@ -621,24 +618,12 @@ def same(left: Tensor, right: Tensor, what: str = "values") -> None:
         raise AssertionError(f"{what} differ by {float((left - right).detach().double().abs().max()):g}")
 
 
-def shapes(parts: dict[str, Part]) -> dict[str, dict[str, Any]]:
+def shapes(parts: dict[str, LayerFactors]) -> dict[str, dict[str, Any]]:
     return {layer: {n: tuple(t.shape) for n, t in part.tensors.items()} for layer, part in parts.items()}
 
 
 def parameter_ids(model: nn.Module) -> dict[str, int]:
     return {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def snapshot(model: nn.Module) -> list[Any]:
-    """What a refused call must leave as it was."""
-    modules = [(n, type(m), m.training, list(vars(m)), list(m._modules)) for n, m in model.named_modules()]
-    flags = [(n, id(p), p.requires_grad, bits(p)) for n, p in model.named_parameters(remove_duplicate=False)]
-    acting = [
-        (n, m.active, m.merged, m._before_merge, m.strengths())
-        for n, m in model.named_modules()
-        if n.endswith(".convlora")
-    ]
-    return [modules, flags, acting]
 
 
 @contextmanager

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from common import Section
-from oracle import bits, randomise
+from oracle import bits, bytes_of, randomise
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import convlora
-from benchmarks.trust.catalogue import LEFT_OUT, Case, cases
+from benchmarks.trust.catalogue import LEFT_OUT, NetworkCase, network_cases
 from convlora.inspect.flow import nested_leaves
 from convlora.inspect.restored import restored
 from convlora.layer.adapted import Adapted, slot_of, why_not
@@ -41,7 +41,7 @@ STAGES = ("identity", "step", "file", "merge", "remove")
 class Life:
     """What became of an adapter on one network: stage -> "ok", or what went wrong; `refused`: why there was none."""
 
-    case: Case
+    case: NetworkCase
     layers: int = 0
     refused: str = ""
     outcome: dict[str, str] = field(default_factory=dict)
@@ -61,20 +61,20 @@ class Life:
 
 def measure(count: int, seed: int = 0) -> Section:
     """The lives on at most `count` networks, drawn by `seed` if there are more."""
-    every = cases()
+    every = network_cases()
     drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:count]
     section = Section("Models of others", "", ("network", "layers", *STAGES, "audit"))
     lives = []
     for index in sorted(drawn.tolist()):
-        life = live(every[index])
+        life = life_on(every[index])
         lives.append(life)
         name = f"{life.case.library}: {life.case.name}"
         cells = [life.outcome.get(stage, "–") for stage in STAGES]
-        section.rows.append((name, str(life.layers), *cells, life.findings))
-        section.data.append({
-            "network": name, "layers": life.layers, **life.outcome, "audit": life.findings,
-            "refused": life.refused, "failed": int(bool(life.failures)),
-        })  # fmt: skip
+        section.add(
+            name, str(life.layers), *cells, life.findings,
+            network=name, layers=life.layers, **life.outcome, audit=life.findings,
+            refused=life.refused, failed=int(bool(life.failures)),
+        )  # fmt: skip
         print(f"{name}: {life.failures or 'ok'}; {life.findings}; {life.seconds:.1f} s", flush=True)
     numbers = Counter(life.case.library for life in lives)
     refused = sum(bool(life.refused) for life in lives)
@@ -89,7 +89,7 @@ def measure(count: int, seed: int = 0) -> Section:
     return section
 
 
-def live(case: Case, factors: str = "convlora") -> Life:
+def life_on(case: NetworkCase, factors: str = "convlora") -> Life:
     """The life of an adapter on one network. Errors are caught and told."""
     life, start = Life(case), time.perf_counter()
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ def live(case: Case, factors: str = "convlora") -> Life:
 
 
 class _Trial:
-    def __init__(self, case: Case, factors: str, life: Life) -> None:
+    def __init__(self, case: NetworkCase, factors: str, life: Life) -> None:
         self.case, self.factors, self.life = case, factors, life
         self.base = case.build()
         self.exclude: tuple[str, ...] = ()
@@ -129,6 +129,7 @@ class _Trial:
         self.adapt(model)
         check("identity", lambda: _same(self.outputs(model), expected))
         check("step", lambda: self.step(model))
+        self.move_statistics(model)
 
         randomise(model, std=0.1)
         acting = self.outputs(model)
@@ -147,6 +148,7 @@ class _Trial:
             check("merge", lambda: list(fresh.state_dict()) == list(state))
 
         convlora.unmerge(convlora.merge(model))
+        check("remove", lambda: not (names := convlora.changed(model)) or f"changed outside: {', '.join(names[:3])}")
         convlora.remove(model)
         check("remove", lambda: bits(model) == state and [type(m) for m in model.modules()] == kinds)
         check("remove", lambda: [(id(p), p.requires_grad) for p in model.parameters()] == identities)
@@ -166,7 +168,7 @@ class _Trial:
         return convlora.inject(model, targets, rank=1, factors=self.factors, exclude=self.exclude)
 
     def audit(self, model: nn.Module) -> Any:
-        arguments, keywords = self.case.given()
+        arguments, keywords = self.case.seeded_inputs()
         return convlora.audit(model, *arguments, **keywords)
 
     def check(self, stage: str, holds: Callable[[], bool | str]) -> None:
@@ -193,8 +195,15 @@ class _Trial:
 
     def forward(self, model: nn.Module) -> list[Tensor]:
         """Seeded, and on inputs of its own: some networks draw noise, some write to their input."""
-        arguments, keywords = self.case.given()
+        arguments, keywords = self.case.seeded_inputs()
         return [leaf for leaf in nested_leaves(model(*arguments, **keywords)) if isinstance(leaf, Tensor)]
+
+    def move_statistics(self, model: nn.Module) -> None:
+        """Two forwards in train mode, which nothing puts back: the adapter's own statistics are to travel."""
+        with torch.no_grad():
+            for _ in range(2):
+                self.forward(model.train())
+        model.eval()
 
     def step(self, model: nn.Module) -> bool | str:
         ours = {id(p) for p in convlora.parameters(model)}
@@ -227,9 +236,6 @@ class _Trial:
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:
     """Bitwise, NaN included."""
     return len(left) == len(right) > 0 and all(
-        a.shape == b.shape and a.dtype == b.dtype and _bytes(a) == _bytes(b) for a, b in zip(left, right, strict=True)
+        a.shape == b.shape and a.dtype == b.dtype and bytes_of(a) == bytes_of(b)
+        for a, b in zip(left, right, strict=True)
     )
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -232,8 +232,8 @@ def measure(count: int, seed: int = 0) -> Section:
     )
 
     def add(what: str, first: str, last: str, goal: str, holds: bool) -> None:
-        section.rows.append((what, first, last, goal, "holds" if holds else "FAILED"))
-        section.data.append({"what": what, "before": first, "after": last, "failed": int(not holds)})
+        outcome = "holds" if holds else "FAILED"
+        section.add(what, first, last, goal, outcome, what=what, before=first, after=last, failed=int(not holds))
 
     for kind in ("tensors", "modules", "hooks", *(k for k in KINDS if k not in ("tensors", "modules"))):
         add(f"living {kind}", str(before[kind]), str(after[kind]), "equal", before[kind] == after[kind])

@@ -146,21 +146,25 @@ def _placed(
     """The layers and the copies of a file with the tensors that are theirs."""
     layers = layers_from_json(layers_text)
     own: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
+    modules: dict[str, dict[str, Tensor]] = {}
     problems = Problems()
     stated = parse_json(modules_text)
     if type(stated) is not dict or not all(type(names) is list for names in stated.values()):
         raise ValueError("modules are described by another thing than {path: [names]}")
     copies = {tensor_key(path, str(name)): (path, str(name)) for path, names in stated.items() for name in names}
+    for full, (path, name) in copies.items():
+        if full in tensors:
+            modules.setdefault(path, {})[name] = tensors[full]
+        else:
+            problems.missing.append(full)
     for full, tensor in tensors.items():
         path, _, name = full.rpartition(".")
-        if full not in copies and path in own:
+        if full in copies:
+            continue
+        if path in own:
             own[path][name] = tensor
-        elif full not in copies:
+        else:
             problems.unexpected.append(full)
-    problems.missing += [full for full in copies if full not in tensors]
     if problems:
         raise ConvLoRAError(str(problems))
-    modules: dict[str, dict[str, Tensor]] = {}
-    for full, (path, name) in copies.items():  # in the order that they are stated in, which is the module's own
-        modules.setdefault(path, {})[name] = tensors[full]
     return {path: replace(layer, tensors=own[path]) for path, layer in layers.items()}, modules

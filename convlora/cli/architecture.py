@@ -59,7 +59,18 @@ def with_checkpoint_names(adapter: Adapter, state: Mapping[str, Any]) -> Adapter
         if len(found) != 1:
             return adapter
         layers[found[0]] = LayerFactors(layer.tensors, layer.spec, layer.rank, layer.alpha)
-    return Adapter(adapter.config, layers, adapter.fingerprint) if len(layers) == len(adapter.layers) else adapter
+    copies: dict[str, Mapping[str, Tensor]] = {}
+    for path, tensors in adapter.modules.items():
+        module = modules.get(path)
+        loaded = {n: t for n, t in (module.state_dict() if module is not None else {}).items() if n in tensors}
+        last = next(iter(loaded), "")
+        stems = [n.removesuffix(f".{last}") for n in state if n.endswith(f".{last}")] if loaded else []
+        found = [s for s in stems if all(_same(state[f"{s}.{n}"], t) for n, t in loaded.items() if f"{s}.{n}" in state)]
+        if len(found) != 1:
+            return adapter
+        copies[found[0]] = tensors
+    complete = len(layers) == len(adapter.layers) and len(copies) == len(adapter.modules)
+    return Adapter(adapter.config, layers, adapter.fingerprint, modules=copies) if complete else adapter
 
 
 def _is_floating(value: Any) -> bool:

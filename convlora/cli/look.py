@@ -13,7 +13,7 @@ from convlora import formats
 from convlora.adapter.adapter import Adapter
 from convlora.adapter.algebra import dense_delta
 from convlora.adapter.checkpoint import apply_adapters
-from convlora.adapter.parts import BIAS_DELTA, LayerFactors
+from convlora.adapter.parts import BIAS_DELTA, LayerFactors, tensor_key
 from convlora.cli.architecture import recognise_architecture
 from convlora.cli.console import emit, progress
 from convlora.cli.inputs import OTHER_BASE, fit_to_base, is_same_base, read_adapter, read_base, size_in_bytes
@@ -55,6 +55,7 @@ def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
         "dtypes": sorted({str(t.dtype) for layer in adapter.layers.values() for t in layer.tensors.values()}),
         "parameters": sum(layer["parameters"] for layer in layers.values()),
         "layers": layers,
+        "modules": {p: {n: list(t.shape) for n, t in tensors.items()} for p, tensors in adapter.modules.items()},
     }
     rows = [
         [path, _show(layer.spec), str(layer.rank), f"{layer.alpha:g}", f"{d['scale']:g}", f"{d['parameters']:,}",
@@ -71,7 +72,12 @@ def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
     head = "\n".join(f"{name:8}{text}" for name, text in facts.items())
     columns = ["layer", "weight", "rank", "alpha", "scale", "parameters", "‖ΔW‖"]
     foot = f"{len(layers)} layers, {report['parameters']:,} parameters"
-    emit(report, f"{head}\n\n{text_table(columns, rows, right=5)}\n{foot}", as_json)
+    copied = [
+        [path, "  ".join(f"{name} {'×'.join(map(str, t.shape)) or '1'}" for name, t in tensors.items())]
+        for path, tensors in adapter.modules.items()
+    ]
+    copies = f"\n\n{text_table(['copy of', 'tensors'], copied)}\n{len(copied)} modules" if copied else ""
+    emit(report, f"{head}\n\n{text_table(columns, rows, right=5)}\n{foot}{copies}", as_json)
 
 
 def diff(
@@ -108,6 +114,7 @@ def diff(
         "other_weights": other,
         "largest_distance": max((d for each in layers.values() for d in each["distance"].values()), default=None),
         "layers": layers,
+        "modules": _compare_copies(ours, theirs),
     }
     rows = [
         [path, *map(str, each["rank"]), *(f"{norm:.4g}" for norm in each["norm"]),
@@ -117,6 +124,10 @@ def diff(
     lines = [text_table(["layer", "rank A", "rank B", "‖ΔW‖ A", "‖ΔW‖ B", "distance"], rows, right=5)] if rows else []
     for what, paths in (("only in A", report["only_a"]), ("only in B", report["only_b"]), ("other weights", other)):
         lines += [f"{what}: {', '.join(paths)}"] if paths else []
+    copies = report["modules"]
+    if copies:
+        shown = [[name, "–" if each is None else f"{each:.3g}"] for name, each in copies.items()]
+        lines += [text_table(["copy of", "distance"], shown, right=1)]
     distance = report["largest_distance"]
     lines += [f"{len(layers)} layers in both" + ("" if distance is None else f", largest distance {distance:.3g}")]
     emit(report, "\n".join(lines), as_json)
@@ -206,7 +217,8 @@ def verify(
         checks["file"] = {"ok": False, "what": _cause(error)}
     else:
         checksum = "checksum right" if formats.detect(file) == "convlora" else "the format has no checksum"
-        checks["file"] = {"ok": True, "what": f"{len(adapter.layers)} layers, {checksum}, all values finite"}
+        copies = f" and copies of {len(adapter.modules)} modules" if adapter.modules else ""
+        checks["file"] = {"ok": True, "what": f"{len(adapter.layers)} layers{copies}, {checksum}, all values finite"}
         if checkpoint is not None and base is not None:
             checks.update(_against(adapter, file, checkpoint, base))
     failed = [name for name, check in checks.items() if check["ok"] is False]
@@ -265,6 +277,20 @@ def _compare(config: AdapterConfig, ours: LayerFactors, other: AdapterConfig, th
         known = next(bias for bias in biases if bias is not None)
         distance["bias"] = _distance(*(known.new_zeros(known.shape) if bias is None else bias for bias in biases))
     return {"rank": [ours.rank, theirs.rank], "norm": [float(one.norm()), float(two.norm())], "distance": distance}
+
+
+def _compare_copies(ours: Adapter, theirs: Adapter) -> dict[str, float | None]:
+    """Tensor -> distance of both copies; None where one adapter has none, or one of another shape."""
+    mine, other = (
+        {tensor_key(p, n): t.double() for p, tensors in adapter.modules.items() for n, t in tensors.items()}
+        for adapter in (ours, theirs)
+    )
+    return {
+        name: _distance(mine[name], other[name])
+        if name in mine and name in other and mine[name].shape == other[name].shape
+        else None
+        for name in {**mine, **other}
+    }
 
 
 def _distance(one: Any, two: Any) -> float:

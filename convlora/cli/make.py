@@ -236,7 +236,9 @@ def convert(
     errors = adapter.errors
     if dtype is not None:
         adapter = adapter.to(getattr(torch, dtype))
-    formats.write(adapter, out, to, prefix=prefix, alpha=None if reading == "loralib" else alpha, overwrite=force)
+    alpha_of_file = None if reading == "loralib" else alpha
+    beside = checkpoint.state if checkpoint is not None and to == "peft" else None
+    formats.write(adapter, out, to, prefix=prefix, alpha=alpha_of_file, base=beside, overwrite=force)
     _report(adapter, errors, out, to, as_json)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor
 
 from convlora.distill.affinity import SHORTEST_VECTOR, pairwise_l1
@@ -75,8 +76,8 @@ def spatial_affinity(student: Tensor, teacher: Tensor, *, channel_dim: int = 1) 
     if s.shape[0] != t.shape[0] or s.shape[2:] != t.shape[2:]:
         raise ConvLoRAError(f"spatial_affinity: {_unequal(student, teacher)}: images and pixels must be the same")
     channels = max(s.shape[1], t.shape[1])
-    s, t = (F.pad(f.flatten(2), (0, 0, 0, channels - f.shape[1])) if f.shape[1] < channels else f.flatten(2)
-            for f in (s, t))  # fmt: skip
+    vectors = (rearrange(f, "b c ... -> b c (...)") for f in (s, t))
+    s, t = (F.pad(f, (0, 0, 0, channels - f.shape[1])) if f.shape[1] < channels else f for f in vectors)
     return pairwise_l1(s, t)
 
 
@@ -98,7 +99,7 @@ def channel_affinity(student: Tensor, teacher: Tensor, *, channel_dim: int = 1) 
     s, t = _channels_first("channel_affinity", student, teacher, channel_dim, least_dims=3)
     if s.shape[:2] != t.shape[:2]:
         raise ConvLoRAError(f"channel_affinity: {_unequal(student, teacher)}: images and channels must be the same")
-    return _affinity_l1(s.flatten(2), t.flatten(2))
+    return _affinity_l1(*(rearrange(f, "b c ... -> b c (...)") for f in (s, t)))
 
 
 def instance_affinity(student: Tensor, teacher: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ def instance_affinity(student: Tensor, teacher: Tensor) -> Tensor:
     s, t = _channels_first("instance_affinity", student, teacher, 1, least_dims=2)
     if s.shape[0] != t.shape[0]:
         raise ConvLoRAError(f"instance_affinity: {_unequal(student, teacher)}: the number of images must be the same")
-    return _affinity_l1(s.flatten(1)[None], t.flatten(1)[None])
+    return _affinity_l1(*(rearrange(f, "b ... -> 1 b (...)") for f in (s, t)))
 
 
 def attention(student: Tensor, teacher: Tensor, *, channel_dim: int = 1) -> Tensor:
@@ -142,7 +143,7 @@ def attention(student: Tensor, teacher: Tensor, *, channel_dim: int = 1) -> Tens
     if s.shape[0] != t.shape[0] or s.shape[2:] != t.shape[2:]:
         raise ConvLoRAError(f"attention: {_unequal(student, teacher)}: images and pixels must be the same")
     with torch.autocast(s.device.type, enabled=False):
-        of_student, of_teacher = (_unit(f.square().sum(1).flatten(1)) for f in (s, t))
+        of_student, of_teacher = (_unit(reduce(f.square(), "b c ... -> b (...)", "sum")) for f in (s, t))
         return F.mse_loss(of_student, of_teacher)
 
 

@@ -162,13 +162,14 @@ def _hook(path: Sequence[int | str], seen: list[Tensor | str], wants_gradient: b
 def _has(output: Any, step: int | str) -> bool:
     if isinstance(output, Mapping):
         return step in output
-    return isinstance(output, tuple | list) and isinstance(step, int) and -len(output) <= step < len(output)
+    # Not `tuple | list`, which PyTorch 2.8 cannot compile.
+    return isinstance(output, (tuple, list)) and isinstance(step, int) and -len(output) <= step < len(output)
 
 
 def _kind(output: Any) -> str:
     if isinstance(output, Mapping):
         return f"a mapping with the keys {list(output)}"
-    if isinstance(output, tuple | list):
+    if isinstance(output, (tuple, list)):
         return f"a {type(output).__name__} of {len(output)}"
     return f"a {type(output).__name__}"
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from convlora.errors import ConvLoRAError
@@ -61,6 +62,7 @@ class WeightSpec:
         """An update in convolution order, `(out, in/groups, *kernel)`, in the order of the layer's weight."""
         if not self.transposed:
             return delta.view(self.shape)
+        # "(g o) i ... -> (g i) o ...", without einops: a layer's every forward comes here
         out, inner = self.out_channels // self.groups, self.in_channels // self.groups
         grouped = delta.view(self.groups, out, inner, *self.kernel)
         return grouped.transpose(1, 2).reshape(self.shape)
@@ -69,9 +71,7 @@ class WeightSpec:
         """An update in the order of the layer's weight in convolution order: the inverse of `from_convolution`."""
         if not self.transposed:
             return delta
-        out, inner = self.out_channels // self.groups, self.in_channels // self.groups
-        grouped = delta.reshape(self.groups, inner, out, *self.kernel)
-        return grouped.transpose(1, 2).reshape(self.out_channels, inner, *self.kernel)
+        return rearrange(delta, "(g i) o ... -> (g o) i ...", g=self.groups)
 
 
 @runtime_checkable
@@ -113,8 +113,8 @@ _REGISTRY: dict[str, Factorization] = {}  # the shipped ones are registered by t
 
 # A factor's tensor becomes a parameter of the module that holds the factors: these names it has already.
 _RESERVED = frozenset(dir(nn.Module())) | {
-    "alpha", "config", "configure", "copy_", "factorization", "factors", "follow", "in_float64", "lora_bias", "rank",
-    "reset_parameters", "scale", "set_strength", "spec", "strength", "tensor_names", "updates",
+    "alpha", "config", "configure", "copy_", "drops", "factorization", "factors", "follow", "in_float64", "lora_bias", "rank",
+    "reset_parameters", "scale", "set_strength", "spec", "strength", "tensor_names", "updates", "was_loaded",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from einops import reduce
 from torch import Tensor
 
 from convlora.errors import ConvLoRAError
@@ -101,7 +102,7 @@ def truncate(decomposed: SVD, step: int, choose: ChooseRank) -> tuple[Tensor, Te
     u, s, vh = decomposed
     components = -(-len(s) // step)
     squares = torch.nn.functional.pad(s.square(), (0, components * step - len(s)))
-    rank = choose(squares.view(components, step).sum(1))
+    rank = choose(reduce(squares, "(c s) -> c", "sum", s=step))
     kept = min(rank * step, len(s))
     root = s[:kept].sqrt()
     fill = rank * step - kept

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from convlora.adapter.adapter import Adapter
 from convlora.adapter.file import FORMAT, read_adapter, write_adapter
@@ -120,13 +121,15 @@ def write(
     *,
     prefix: str | None = None,
     alpha: float | None = None,
+    base: Mapping[str, Any] | None = None,
     overwrite: bool = True,
 ) -> None:
     """Write an adapter in any of `FORMATS`, atomically.
 
     PEFT and LoCon files hold the factorization `"locon"`, loralib ones `"convlora"`; an adapter of another one is
     brought to it by `Adapter.refactor`: without loss but for rounding, at the rank that this needs. What other
-    libraries then compute is theirs: PEFT ignores a convolution's dilation and `padding_mode`. Fingerprints stay here.
+    libraries then compute is theirs: PEFT ignores a convolution's dilation and `padding_mode`. Copies of modules go to
+    PEFT (`modules_to_save`). Fingerprints stay here.
 
     Args:
         adapter: what to write.
@@ -135,6 +138,8 @@ def write(
         prefix: of the keys, for PEFT (`base_model.model.`; `""` as `inject_adapter_in_model` has it) and LoCon
             (`lycoris`; kohya's scripts: `lora_unet`, …).
         alpha: for loralib, the one `lora_alpha` that all layers are to be built with; factors are rescaled to it.
+        base: the state dict of the base, for PEFT, which saves whole modules: running statistics without the weight
+            and bias beside them get those of the base.
         overwrite: whether to replace what is there.
 
     Raises:
@@ -155,12 +160,19 @@ def write(
         raise ConvLoRAError(f"write: prefix (={prefix!r}) must be a string, for peft or locon files")
     if alpha is not None and kind != "loralib":
         raise ConvLoRAError(f"write: alpha= is for loralib files; {kind} states that of each layer")
+    if base is not None and (kind != "peft" or not isinstance(base, Mapping)):
+        raise ConvLoRAError("write: base= must be the base's state dict, for peft directories")
     if not overwrite and (any(place.iterdir()) if os.path.isdir(place) else os.path.lexists(place)):
         raise ConvLoRAError(f"write: '{path}' exists; overwrite=True replaces it")
+    if adapter.modules and kind in ("locon", "loralib"):
+        raise ConvLoRAError(
+            f"write: a {kind} file holds no copies of modules, and the adapter has some of {len(adapter.modules)}"
+            f" (first: '{next(iter(adapter.modules))}'); write convlora or peft"
+        )
     if kind == "convlora":
         write_adapter(adapter, place)
     elif kind == "peft":
-        peft.write(adapter, place, prefix)
+        peft.write(adapter, place, prefix, base)
     elif kind == "locon":
         locon.write(adapter, place, prefix)
     else:

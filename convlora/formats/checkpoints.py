@@ -121,7 +121,7 @@ class Checkpoint:
             ConvLoRAError: the file cannot be written there.
         """
         before = self.state
-        changed = {self.prefix + name: value for name, value in state.items() if value is not before[name]}
+        changed = {self.prefix + name: value for name, value in state.items() if value is not before.get(name)}
         if Path(path).suffix.lower() != SAFETENSORS:
             if self.raw is not None and _metadata(self.raw):
                 _warn(f"write: '{path}' cannot hold the metadata of '{self.path}'; it is left out")
@@ -129,10 +129,16 @@ class Checkpoint:
             torch.save(_replaced(self.content, self.where, changed), buffer)
             data = buffer.getvalue()
         elif self.raw is not None:
-            data = _patched(self.raw, changed)
+            data = _patched(self.raw, changed) if _fit(self.raw, changed) else self._rewritten(changed)
         else:
             data = self._flat({**_inside(self.content, self.where), **changed}, path)
         write_atomically(path, data)
+
+    def _rewritten(self, changed: Mapping[str, Tensor]) -> bytes:
+        """The file anew, for tensors of other shapes; its metadata stay."""
+        assert self.raw is not None
+        tensors = {n: v.detach().clone().contiguous() for n, v in {**self.content, **changed}.items()}
+        return to_bytes(tensors, metadata={"format": "pt", **_metadata(self.raw)})
 
     def _flat(self, state: Mapping[str, Any], path: str | os.PathLike[str]) -> bytes:
         tensors = {n: v.detach().clone().contiguous() for n, v in state.items() if isinstance(v, Tensor)}
@@ -175,6 +181,12 @@ def _metadata(raw: bytes) -> dict[str, str]:
     start = 8 + int.from_bytes(raw[:8], "little")
     metadata = json.loads(raw[8:start]).get("__metadata__") or {}
     return {name: text for name, text in metadata.items() if (name, text) != ("format", "pt")}
+
+
+def _fit(raw: bytes, changed: Mapping[str, Tensor]) -> bool:
+    """Whether tensors take the places of those in a `.safetensors` file."""
+    entries, _ = _header(raw)
+    return all(name in entries and entries[name]["shape"] == list(value.shape) for name, value in changed.items())
 
 
 def _patched(raw: bytes, changed: Mapping[str, Tensor]) -> bytes:

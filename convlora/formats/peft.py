@@ -5,6 +5,8 @@ prefix is missing in what `inject_adapter_in_model` made, and a raw state dict h
 dot. A convolution's A is `(r, in, *kernel)` and its B `(out, r, 1…)`, a Linear's `(r, in)` and `(out, r)`: the
 factorization `"locon"`. The scale is in the config: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`;
 `rank_pattern` and `alpha_pattern` override r and `lora_alpha`, the first key that matches as `(.*\.)?(key)$` counts.
+Copies of whole modules have their plain names, `base_model.model.<path>.<tensor>`, and `modules_to_save` in the config
+says of which: names, or the ends of names after a dot.
 
 PEFT computes an adapted convolution as two convolutions that know nothing of the base's dilation and `padding_mode`:
 such layers fail there, or give another output, whatever wrote the file. It makes both of the base layer's own class,
@@ -17,7 +19,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,6 @@ _NAMES = {("A", "weight"): "lora_A", ("B", "weight"): "lora_B", ("B", "bias"): B
 # What a config may switch on that an update W + s·B·A of a layer's weight does not express.
 _REFUSED = {
     "use_dora": "DoRA rescales the whole weight",
-    "modules_to_save": "it holds whole modules beside the adapters",
     "fan_in_fan_out": "its base weights are stored transposed",
     "target_parameters": "it adapts bare parameters, which are no layers",
     "trainable_token_indices": "it holds rows of embeddings",
@@ -57,11 +58,11 @@ _REFUSED = {
     "use_bdlora": "BD-LoRA has block-diagonal factors",
     "use_qalora": "QALoRA pools its input",
 }
+_STATISTICS = ("running_", "num_batches_tracked")
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights
 _TENSORS = {
     "lora_magnitude_vector": "DoRA rescales the whole weight",
     "lora_embedding_": "embeddings are no convolutions or Linear layers",
-    "modules_to_save": "it holds whole modules beside the adapters",
 }
 
 
@@ -72,9 +73,10 @@ def read(path: str | os.PathLike[str]) -> Adapter:
     _refuse(settings)
     if not os.path.isfile(folder / WEIGHTS) and os.path.isfile(folder / PICKLE):
         raise ConvLoRAError(f"{PICKLE} is a pickle, which can run code; save with safe_serialization=True in PEFT")
-    tensors = _by_layer(read_tensors(folder / WEIGHTS)[0])
+    saved = _modules_to_save(settings)
+    tensors, modules = _by_layer(read_tensors(folder / WEIGHTS)[0], saved)
     scaling = "sqrt" if settings.get("use_rslora") else "linear"
-    config = AdapterConfig(targets="*", factors="locon", rank_scaling=scaling)
+    config = AdapterConfig(targets="*", factors="locon", rank_scaling=scaling, modules_to_save=saved)
     ranks, alphas = (_patterns(settings, field) for field in ("rank_pattern", "alpha_pattern"))
     problems = Problems()
     layers = {}
@@ -93,7 +95,7 @@ def read(path: str | os.PathLike[str]) -> Adapter:
             continue
         layers[layer] = _layer(layer, own, rank, alpha, config.scale(rank, alpha))
     problems.raise_if_any("PEFT")
-    return assemble(Adapter, config, layers)
+    return assemble(Adapter, config, layers, modules=modules)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -123,10 +125,27 @@ def _refuse(settings: Mapping[str, Any]) -> None:
         )
 
 
-def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Layer path -> tensor name of the library -> values."""
+def _modules_to_save(settings: Mapping[str, Any]) -> list[str]:
+    saved = settings.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
+        raise ConvLoRAError(f"{CONFIG}: modules_to_save is no list of names")
+    return saved
+
+
+def _is_saved(path: str, saved: Sequence[str]) -> bool:
+    """Whether a module, or one around it, is among those that are saved."""
+    parts = path.split(".")
+    around = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(name == outer or outer.endswith(f".{name}") for outer in around for name in saved)
+
+
+def _by_layer(
+    tensors: Mapping[str, Tensor], saved: Sequence[str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+    """Layer path -> tensor name of the library -> values; and the same of the modules that are saved."""
     prefix = PREFIX if all(name.startswith(PREFIX) for name in tensors) else ""
     layers: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
     adapters = set()
     problems = Problems()
     for full, tensor in tensors.items():
@@ -136,14 +155,18 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         match = _KEY.fullmatch(full.removeprefix(prefix))
         name = _NAMES.get((match["factor"], match["kind"])) if match else None
         if match is None or name is None:
-            problems.unexpected.append(full)
+            path, _, own = full.removeprefix(prefix).rpartition(".")
+            if _is_saved(path, saved):
+                modules.setdefault(path, {})[own] = tensor
+            else:
+                problems.unexpected.append(full)
             continue
         adapters.add(match["adapter"])
         layers.setdefault(match["path"], {})[name] = tensor
     problems.raise_if_any("PEFT")
     if len(adapters) > 1:
         raise ConvLoRAError(f"{WEIGHTS} holds several adapters: {', '.join(sorted(map(str, adapters)))}")
-    return layers
+    return layers, modules
 
 
 def _patterns(settings: Mapping[str, Any], field: str) -> LayerPatterns:
@@ -171,7 +194,9 @@ def _layer(path: str, own: Mapping[str, Tensor], rank: int, alpha: float, scale:
     return LayerFactors(tensors, WeightSpec((b.shape[0], *a.shape[1:])), rank, alpha)
 
 
-def write(adapter: Adapter, path: str | os.PathLike[str], prefix: str | None) -> None:
+def write(
+    adapter: Adapter, path: str | os.PathLike[str], prefix: str | None, base: Mapping[str, Any] | None = None
+) -> None:
     """Write a PEFT directory; see `convlora.formats.write`."""
     adapter = adapter.refactor("locon")
     _check(adapter)
@@ -184,6 +209,9 @@ def write(adapter: Adapter, path: str | os.PathLike[str], prefix: str | None) ->
         tensors[f"{stem}.lora_B.weight"] = layer.tensors["lora_B"].reshape(layer.spec.out_channels, layer.rank, *point)
         if with_bias:
             tensors[f"{stem}.lora_B.bias"] = _bias(layer, adapter.config.scale(layer.rank, layer.alpha))
+    start = PREFIX if prefix is None else prefix
+    for module_path, copies in _whole_modules(adapter, base).items():
+        tensors |= {f"{start}{module_path}.{name}": tensor for name, tensor in copies.items()}
     settings = json.dumps(_config(adapter, with_bias), indent=2, sort_keys=True)
     write_folder(path, {WEIGHTS: to_safetensors(tensors, {"format": "pt"}), CONFIG: settings.encode()})
 
@@ -203,6 +231,24 @@ def _check(adapter: Adapter) -> None:
             reason = "has a bias delta and alpha 0: PEFT scales the bias, too"
         if reason:
             raise ConvLoRAError(f"write: no PEFT adapter holds this one: '{path}' {reason}")
+    if "" in adapter.modules:
+        raise ConvLoRAError("write: no PEFT adapter holds this one: it has tensors of the model itself")
+
+
+def _whole_modules(adapter: Adapter, base: Mapping[str, Any] | None) -> dict[str, dict[str, Tensor]]:
+    """The copies with all that their modules hold beside statistics, as PEFT has them."""
+    whole = {path: dict(tensors) for path, tensors in adapter.modules.items()}
+    alone = [path for path, tensors in whole.items() if all(name.startswith(_STATISTICS) for name in tensors)]
+    if alone and base is None:
+        raise ConvLoRAError(
+            f"write: PEFT saves whole modules, and of {len(alone)} (first: '{alone[0]}') the adapter has running"
+            " statistics only; give the rest by base=, the base's state dict, or name them in modules_to_save"
+        )
+    for path in alone:
+        beside = {n.removeprefix(f"{path}."): t for n, t in (base or {}).items() if n.startswith(f"{path}.")}
+        rest = {n: t.detach().cpu() for n, t in beside.items() if "." not in n and isinstance(t, Tensor)}
+        whole[path] = {**rest, **whole[path]}
+    return whole
 
 
 def _bias(layer: LayerFactors, scale: float) -> Tensor:
@@ -230,7 +276,7 @@ def _config(adapter: Adapter, with_bias: bool) -> dict[str, Any]:
         "lora_bias": with_bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(adapter.modules) or None,
         "target_modules": "|".join(re.escape(path) for path in layers),  # a list would match the ends of names
         "rank_pattern": {f"^{re.escape(p)}": layer.rank for p, layer in layers.items() if layer.rank != rank},
         "alpha_pattern": {

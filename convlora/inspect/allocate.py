@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from convlora.config import AdapterConfig, Targets
@@ -141,7 +142,10 @@ def _component_squares(factorization: Factorization, spec: WeightSpec, gradient:
     convolution = spec.to_convolution(gradient)
     fit = getattr(factorization, "fit", None)
     if fit is None:  # it does not tell its matrix: that of a row for each output channel
-        return [float(square) for square in torch.linalg.svdvals(convolution.flatten(1).double()).square()]
+        return [
+            float(square)
+            for square in torch.linalg.svdvals(rearrange(convolution, "o i ... -> o (i ...)").double()).square()
+        ]
     seen: list[float] = []
 
     def look(squares: Tensor) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
-from convlora.layer.copies import TensorCopies
+from convlora.layer.copies import TensorCopies, own_tensors
 from convlora.layer.forms import training_form_of
 from convlora.layer.loading import AdapterTensors
 from convlora.layer.sharded import is_managed, is_shard_root, is_sharded
@@ -228,6 +228,7 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
             "__new__": _new,
             "__reduce_ex__": _reduce_ex,
             "__setattr__": _setattr,
+            "_load_from_state_dict": _load_from_state_dict,
             **{name: _property(name) for name in names},
             "_convlora_base": base,
             "_convlora_shape": shape,
@@ -247,6 +248,14 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
             base._convlora_adapted = {}  # type: ignore[attr-defined]
         base._convlora_adapted[shape] = made  # type: ignore[attr-defined]
     return made  # type: ignore[no-any-return]
+
+
+def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    """A base checkpoint that comes after `inject` reaches the copies, too, while nothing was trained."""
+    self._convlora_base._load_from_state_dict(self, state_dict, prefix, *rest)
+    for name, copies in slot_of(self).copies().items():
+        if not any(key.startswith(f"{prefix}{CHILD}.{name}.") for key in state_dict):
+            copies.follow_base(own_tensors(self))
 
 
 def _setattr(self: Any, name: str, value: Any) -> None:

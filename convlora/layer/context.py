@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple, Protocol
 
+import torch
+
 from convlora.errors import ConvLoRAError
 from convlora.layer.rows import SampleRows
 
@@ -31,6 +33,7 @@ class Choice(NamedTuple):
 # is the rule, it asks nothing.
 _choices: ContextVar[Mapping[Chosen, Choice] | None] = ContextVar("convlora_choices", default=None)
 _counting = threading.Lock()
+_GRAPHS_READ_CONTEXT = torch.__version__ >= "2.14"  # compares as versions do
 
 
 @contextlib.contextmanager
@@ -57,11 +60,14 @@ def chosen(slot: Chosen) -> Choice | None:
     return None if choices is None else choices.get(slot)
 
 
-def refuse_choice_in_graph() -> None:
+def refuse_choice_in_graph(slot: Chosen) -> None:
     """A compiled graph has the adapters that were active when it was made: it cannot follow each caller's choice.
+
+    PyTorch before 2.14 cannot compile the reading of a `ContextVar`. There a choice of anybody is refused.
 
     Raises:
         ConvLoRAError: a graph is being made, or made again, for a caller with a choice.
     """
-    if _choices.get() is not None:
+    refused = _choices.get() is not None if _GRAPHS_READ_CONTEXT else slot.choices > 0
+    if refused:
         raise ConvLoRAError(COMPILED)

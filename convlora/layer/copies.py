@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
 from convlora.layer.loading import AdapterTensors
+
+_GAIN = "_convlora_gain"
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 class TensorCopies(AdapterTensors):
@@ -28,25 +32,43 @@ class TensorCopies(AdapterTensors):
         self.strength = 1.0
         # All of the adapter's modules: which of several adapters trains decides whose statistics move.
         self.adapter_modules: list[nn.Module] = [self]
+        self._names = tuple(tensors)
         for name, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
                 self._parameters[name] = tensor
             else:
                 self.register_buffer(name, tensor)
+        self._made: dict[str, tuple[int, int | None]] | None = self._state()
+        # The strength as a tensor, for compiled models: another one makes no graph anew.
+        device = next(iter(tensors.values())).device if tensors else None
+        self.register_buffer(_GAIN, torch.ones((), dtype=torch.float32, device=device), persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}  # a copy of the model does not know whether it was trained before
+
+    def _state(self) -> dict[str, tuple[int, int | None]]:
+        """What tells of a write: PyTorch's count, and the bits of buffers, which norms write uncounted."""
+        sums = sums_of_bits([t if n in self._buffers else None for n, t in self.tensors().items()])
+        return {n: (version(t), bits) for (n, t), bits in zip(self.tensors().items(), sums, strict=True)}
+
+    @property
+    def gain(self) -> Tensor:
+        return self._buffers[_GAIN]  # type: ignore[return-value]
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensor name -> copy."""
-        held = {**self._parameters, **self._buffers}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
+        return {name: self.tensor(name) for name in self._names}
 
     def holds(self, name: str) -> bool:
-        return name in self._parameters or name in self._buffers
+        return name in self._names
 
     def tensor(self, name: str) -> Tensor:
         return self._parameters[name] if name in self._parameters else self._buffers[name]  # type: ignore[return-value]
 
     def set_strength(self, strength: float) -> None:
         self.strength = strength
+        with torch.no_grad():
+            self.gain.fill_(strength)
 
     def copy_(self, values: Mapping[str, Tensor]) -> None:
         """Take other values of the same shapes, in place."""
@@ -64,15 +86,25 @@ class TensorCopies(AdapterTensors):
         """Whether all copies have the values, shapes included, that tensors of the same names have."""
         return all(name in others and torch.equal(t, others[name]) for name, t in self.tensors().items())
 
+    def follow_base(self, base: Mapping[str, Tensor]) -> None:
+        """Start as the base does, which has other values now, while nothing was trained yet."""
+        if self._made is None or self._made != self._state():
+            return
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                if name in base and base[name].shape == tensor.shape and not (tensor.is_meta or base[name].is_meta):
+                    tensor.copy_(base[name])
+        self._made = self._state()
+
     def trains(self) -> bool:
         """Whether any Parameter of the adapter does, here or in another module."""
         return any(p.requires_grad for module in self.adapter_modules for p in module.parameters(recurse=False))
 
     def tensor_names(self) -> Iterable[str]:
-        return self.tensors()
+        return self._names
 
     def extra_repr(self) -> str:
-        held = ", ".join(self.tensors()) or "statistics frozen"
+        held = ", ".join(self._names) or "statistics frozen"
         return f"{held}, strength={self.strength:g}"
 
 
@@ -110,3 +142,27 @@ def copied(module: nn.Module, name: str, made: dict[int, Tensor], values: Tensor
     if own is not None:
         made[id(own)] = copy
     return copy
+
+
+def sums_of_bits(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    """The values of each tensor, taken for integers and summed; one wait for each device. None where there are none."""
+    sums = [None if tensor is None else _sum_of_bits(tensor) for tensor in tensors]
+    result: list[int | None] = [None] * len(tensors)
+    for device in {s.device for s in sums if s is not None}:
+        places = [place for place, s in enumerate(sums) if s is not None and s.device == device]
+        for place, value in zip(places, torch.stack([sums[p] for p in places]).tolist(), strict=True):  # type: ignore[misc]
+            result[place] = value
+    return result
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor | None:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
+    if not plain or tensor.is_quantized:
+        return None
+    values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return values.contiguous().view(-1).view(_INTEGERS[values.element_size()]).sum(dtype=torch.int64)
+
+
+def version(tensor: Tensor) -> int:
+    """PyTorch's count of the writes to a tensor; -1 where it has none."""
+    return -1 if nn.parameter.is_lazy(tensor) or tensor.is_inference() else tensor._version

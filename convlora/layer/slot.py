@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -59,6 +59,9 @@ class Slot(nn.Module):
     def names(self) -> list[str]:
         return list(self._modules)
 
+    def entries(self) -> list[AdapterTensors]:
+        return list(self._modules.values())  # type: ignore[arg-type]
+
     def low_ranks(self) -> dict[str, LowRank]:
         """Adapter name -> factors, of those that update this layer."""
         return {name: entry for name, entry in self._modules.items() if isinstance(entry, LowRank)}
@@ -109,34 +112,43 @@ class Slot(nn.Module):
     def effective(self, base: Any, kind: str, training: bool = False) -> Any:
         """The base tensor of a name with the adapters that act for the caller; `base` itself if none acts on it.
 
-        `training`: as the module reads it in train mode, with rank dropout and with statistics that move.
+        `training`: as its module reads it in train mode, with rank dropout and statistics that move.
         """
-        if self.has_copies:
-            return self._with_copies(base, kind, training)
+        if self.has_copies and (copies := self._acting_copies(kind)):
+            return self._with_copies(base, kind, training, copies)
         if torch.compiler.is_compiling():
-            refuse_choice_in_graph()
+            refuse_choice_in_graph(self)
             return self._in_graph(base, kind)
         if self.choices and (choice := chosen(self)) is not None:
+            if choice.rows is not None and not self.low_ranks():
+                return base  # a module that adapters only copy: `per_sample` refuses copies that have moved
             strengths = choice.strengths if choice.rows is None else self._of_row()
             acting = self._acting(strengths, kind)
             return self._live(base, f"{kind} {strengths}", acting, kind, training) if acting else base
         if self.merged:
             return self._merged(base, kind)
-        acting = self._acting(self.strengths(), kind)
-        return self._live(base, kind, acting, kind, training) if acting else base
+        if not self.active:
+            return base
+        entries: Any = [self._modules[name] for name in self.active]
+        live = [(entry, entry.strength) for entry in entries if entry.updates(kind)]
+        return self._live(base, kind, live, kind, training) if live else base
 
     def acting(self) -> dict[str, float]:
         """Adapter name -> strength, of those that act for the caller."""
-        if torch.compiler.is_compiling():
-            refuse_choice_in_graph()
-        elif self.choices and (choice := chosen(self)) is not None:
-            chosen_here = {} if choice.rows is not None else choice.strengths
-            return {name: chosen_here[name] for name in self._modules if chosen_here.get(name)}
+        if self.choices and (choice := chosen(self)) is not None:
+            wanted = {} if choice.rows is not None else choice.strengths
+            return {name: wanted[name] for name in self._modules if wanted.get(name)}
         return self.strengths()
+
+    def _acting_names(self) -> Iterable[str]:
+        if torch.compiler.is_compiling():  # a graph reads no strength, which would make it anew for each
+            refuse_choice_in_graph(self)
+            return self.active
+        return self.acting() if self.choices else self.active
 
     def freezes_statistics(self) -> bool:
         """Whether an acting adapter says that the module's running statistics stay the base's."""
-        entries = [self._modules[name] for name in self.acting()]
+        entries = [self._modules[name] for name in self._acting_names()]
         return any(isinstance(entry, TensorCopies) and entry.freezes for entry in entries)
 
     def _acting(self, strengths: Mapping[str, float], kind: str) -> Acting:
@@ -145,16 +157,14 @@ class Slot(nn.Module):
 
     def only_acting(self) -> tuple[LowRank, float] | None:
         """The one adapter that acts for the caller, live, and its strength; None if it is not one."""
-        if self.has_copies:
-            return None
         if self.choices and (choice := chosen(self)) is not None:
-            acting = self._acting(choice.strengths, "weight")
+            acting = [] if self._acting_copies("weight") else self._acting(choice.strengths, "weight")
             return acting[0] if len(acting) == 1 else None  # type: ignore[return-value]
-        if self.merged or len(self.active) != 1:
+        low_rank = self._modules[self.active[0]] if len(self.active) == 1 else None
+        if self.merged or not isinstance(low_rank, LowRank):
             return None
         self._fused.clear()  # kept while nothing trained
-        low_rank = self.entry(self.active[0])
-        return low_rank, low_rank.strength  # type: ignore[return-value]
+        return low_rank, low_rank.strength
 
     def sample_rows(self) -> SampleRows | None:
         """Which rows of the input have which adapter, if the caller has said so."""
@@ -181,58 +191,61 @@ class Slot(nn.Module):
 
     # --- copies
 
-    def _with_copies(self, base: Any, kind: str, training: bool) -> Any:
-        """The tensor of a module of which an adapter has copies: one copy itself, or a mixture."""
+    def _acting_copies(self, kind: str) -> list[TensorCopies]:
+        entries = [self._modules[name] for name in self._acting_names()]
+        return [entry for entry in entries if isinstance(entry, TensorCopies) and entry.holds(kind)]
+
+    def _with_copies(self, base: Any, kind: str, training: bool, copies: list[TensorCopies]) -> Any:
+        """The tensor of a module of which acting adapters have copies: one copy itself, or a mixture."""
+        last = copies[-1].tensor(kind)
+        if training and kind in copies[-1]._buffers:
+            return self._moving(copies).tensor(kind)
+        if not last.is_floating_point():
+            return last
+        if torch.compiler.is_dynamo_compiling():
+            mixed = self._mixed_in_graph(base, kind, copies)
+            return mixed.detach() if self.merged else mixed
         strengths = self.acting()
-        copies = self._copies_of(strengths, kind)
-        updates = self._acting(strengths, kind) if kind in ("weight", "bias") else []
-        if not copies and not updates:
-            return base
-        if copies and training and kind in _buffer_names(copies):
-            return self._moving(copies, kind)
-        merged = self.merged and (torch.compiler.is_compiling() or not self.choices or chosen(self) is None)
-        dropout, exact = training and not merged, merged and self._exact
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not merged):
-            if not copies:
-                return self._compose(base, kind, updates, dropout=dropout, exact=exact)
-            last, strength = copies[-1]
-            whole = last.tensor(kind)
-            if not whole.is_floating_point() or (len(copies) == 1 and not updates and strength == 1.0):
-                return whole.detach() if merged and whole.requires_grad else whole
-            if base is None or any(entry.tensor(kind).shape != base.shape for entry, _ in copies):
-                raise ConvLoRAError(
-                    f"'{kind}' has another shape than the base's: its copy acts at strength 1 or not at all"
-                )
-            return self._compose(base, kind, updates, copies, dropout=dropout, exact=exact)
+        updates = self._acting(strengths, kind)
+        if len(copies) == 1 and not updates and strengths[copies[0].config.name] == 1.0:
+            return last.detach() if self.merged and last.requires_grad else last
+        if base is None or any(entry.tensor(kind).shape != base.shape for entry in copies):
+            raise ConvLoRAError(f"'{kind}' has another shape than the base's: its copy acts at strength 1 and alone")
+        shares = [(entry, strengths[entry.config.name]) for entry in copies]
+        if not self.merged:
+            return self._compose(base, kind, updates, shares, dropout=training)
+        with torch.no_grad():
+            return self._compose(base, kind, updates, shares, dropout=False, exact=self._exact)
 
-    def _copies_of(self, strengths: Mapping[str, float], kind: str) -> list[tuple[TensorCopies, float]]:
-        named = [(self._modules[name], strength) for name, strength in strengths.items()]
-        return [(entry, s) for entry, s in named if isinstance(entry, TensorCopies) and entry.holds(kind)]
+    def _mixed_in_graph(self, base: Any, kind: str, copies: list[TensorCopies]) -> Tensor:
+        entries = [self._modules[name] for name in self.active]
+        updates = [entry for entry in entries if isinstance(entry, LowRank) and entry.updates(kind)]
+        last = copies[-1].tensor(kind)
+        if len(copies) == 1 and not updates:
+            if base is None or base.shape != last.shape:
+                return last
+            return torch.lerp(base, last, copies[0].gain.to(base.dtype))  # the copy itself at strength 1
+        mixed = [difference(base, entry.tensor(kind), 1.0) * entry.gain for entry in copies]
+        return fuse_weight(base, [*(low_rank(kind, not self.merged, None) for low_rank in updates), *mixed])
 
-    def _moving(self, copies: list[tuple[TensorCopies, float]], kind: str) -> Tensor:
+    def _moving(self, copies: list[TensorCopies]) -> TensorCopies:
         """In train mode a module writes its buffers: those of the one adapter that trains.
 
         Raises:
             ConvLoRAError: several act, and not one of them trains.
         """
-        moving = [entry for entry, _ in copies]
-        if len(moving) > 1:
-            moving = [entry for entry in moving if entry.trains()]
+        moving = copies if len(copies) == 1 else [entry for entry in copies if entry.trains()]
         if len(moving) != 1:
-            names = [entry.config.name for entry, _ in copies]
             raise ConvLoRAError(
-                f"train mode: {names} act together and {len(moving)} of them train, so statistics cannot move;"
-                " activate one, or freeze the parameters of all but one"
+                f"train mode: {[entry.config.name for entry in copies]} act together and {len(moving)} of them train,"
+                " so statistics cannot move; activate one, or freeze the parameters of all but one"
             )
-        return moving[0].tensor(kind)
+        return moving[0]
 
     def own_buffer(self, kind: str) -> TensorCopies | None:
         """Whose copy a module writes when it assigns a buffer; None: the base's."""
-        copies = self._copies_of(self.acting(), kind)
-        if not copies:
-            return None
-        self._moving(copies, kind)
-        return next(entry for entry, _ in copies if len(copies) == 1 or entry.trains())
+        copies = self._acting_copies(kind)
+        return self._moving(copies) if copies else None
 
     # --- the effective tensor
 
@@ -280,14 +293,14 @@ class Slot(nn.Module):
         if torch.is_grad_enabled():
             self._fused.clear()
             return self._compose(base, kind, acting, dropout=training)
-        dropping = training and any(low_rank.drops() for low_rank, _ in acting)
-        formed = None if dropping else self._fused.get(key)
+        if training and any(low_rank.drops() for low_rank, _ in acting):
+            return self._compose(base, kind, acting)
+        formed = self._fused.get(key)
         if formed is not None and formed.stands_on(base) and formed.is_of(acting) and formed.has_values():
             return formed.value
         keeps_version = isinstance(base, nn.Parameter) and not base.is_inference()
-        repeats = not dropping and all(_is_repeatable(low_rank) for low_rank, _ in acting)
-        if base.device.type != "cpu" or not keeps_version or not repeats:
-            return self._compose(base, kind, acting, dropout=training)
+        if base.device.type != "cpu" or not keeps_version or not all(_is_repeatable(low_rank) for low_rank, _ in acting):
+            return self._compose(base, kind, acting, dropout=False)
         return self._form(base, key, acting, kind, merged=False).value
 
     def _form(self, base: Tensor, key: str, acting: Acting, kind: str, merged: bool) -> _Fused:
@@ -318,7 +331,7 @@ class Slot(nn.Module):
         dropout: bool = True,
         exact: bool = False,
     ) -> Tensor:
-        mixed = [difference(base, entry.tensor(kind), strength, exact) for entry, strength in copies]
+        mixed = [difference(base, entry.tensor(kind), share, exact) for entry, share in copies]
         if exact:
             return fuse_weight_exactly(base, [*(low_rank.in_float64(kind) for low_rank, _ in acting), *mixed])
         # Called as modules, so that hooks (FSDP2 unshards in one) run.
@@ -336,10 +349,6 @@ class Slot(nn.Module):
         self._fused.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def _buffer_names(copies: list[tuple[TensorCopies, float]]) -> set[str]:
-    return {name for entry, _ in copies for name in entry._buffers}
 
 
 def _is_lasting(tensor: Tensor) -> bool:

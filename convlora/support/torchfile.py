@@ -13,7 +13,8 @@ import torch
 def from_torch_file(raw: bytes) -> Any:
     """What a file of `torch.save` holds, read by `torch.load(weights_only=True)`: that runs no code of the file.
 
-    A zip file is refused before it is read if its members claim more bytes than the file has, as compressed ones do.
+    A zip file is refused before it is read if its members claim more bytes than the file has, as compressed ones do. So
+    is a tensor that is longer than its member: older versions of PyTorch read on in the memory behind it.
 
     Raises:
         ValueError, zipfile.BadZipFile: it is none, a damaged one, or one that holds more than tensors and plain data.
@@ -24,14 +25,23 @@ def from_torch_file(raw: bytes) -> Any:
         >>> from_torch_file(buffer.getvalue())
         {'weight': tensor([1., 1.])}
     """
+    sizes: set[int] | None = None
     if zipfile.is_zipfile(io.BytesIO(raw)):
         with zipfile.ZipFile(io.BytesIO(raw)) as file:
-            if sum(info.file_size for info in file.infolist()) > len(raw):
-                raise ValueError("its members claim more bytes than the file has")
+            members = [info.file_size for info in file.infolist()]
+        if sum(members) > len(raw):
+            raise ValueError("its members claim more bytes than the file has")
+        sizes = set(members)
+
+    def on_cpu(storage: Any, _: str) -> Any:
+        if sizes is not None and storage.nbytes() not in sizes:
+            raise ValueError(f"a tensor of {storage.nbytes()} bytes is cut")
+        return storage
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old storages: nothing that a user could change
-            return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(raw), map_location=on_cpu, weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise anything
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise ValueError(

@@ -603,13 +603,15 @@ def test_the_list_of_commands_is_that_of_the_app() -> None:
 
 def test_every_command_reports_as_json_in_a_stable_order(folder: Path) -> None:
     lines = {
-        "info rain.safetensors": "file format bytes checksum fingerprint name factors config dtypes parameters layers",
+        "info rain.safetensors": "file format bytes checksum fingerprint name factors config dtypes parameters layers"
+        " modules",
         "merge span.safetensors rain.safetensors -o 1.pth --force": "output bytes base tensors changed adapters",
         "extract span.safetensors tuned.safetensors -o 2.safetensors --rank 1 --force": WRITTEN,
         "resize rain.safetensors -o 3.safetensors --rank 1 --force": WRITTEN,
         "combine rain.safetensors -o 4.safetensors --force": WRITTEN,
         "convert rain.safetensors --to peft -o 5 --force": WRITTEN,
-        "diff rain.safetensors snow.safetensors": "a b same_layers only_a only_b other_weights largest_distance layers",
+        "diff rain.safetensors snow.safetensors": "a b same_layers only_a only_b other_weights largest_distance layers"
+        " modules",
         "layers span.safetensors": "checkpoint architecture adaptable selected weights layers",
         "verify rain.safetensors": "file base ok checks",
     }

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from oracle import AFFINITIES
 from processes import in_processes
-from spandrel.architectures.SPAN.__arch.span import SPAN
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -520,8 +519,9 @@ def test_a_compiled_student_does_not_recompile_at_every_call() -> None:
 
 def test_on_a_real_span_in_train_form() -> None:
     """Spandrel's own class: fuses its weights in eval, returns tuples, overwrites features in place."""
+    span = pytest.importorskip("spandrel.architectures.SPAN").SPAN
     torch.manual_seed(0)
-    model = SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2).train()
+    model = span(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2).train()
     convlora.inject(model, "block_*.*", exclude="eval_conv", rank=1)
     for parameter in convlora.parameters(model):
         nn.init.normal_(parameter, std=0.1)

@@ -331,7 +331,7 @@ def test_what_peft_cannot_express_is_not_written(case: str, tmp_path: Path) -> N
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora: DoRA rescales the whole weight"),
-    "modules_to_save": ({"modules_to_save": ["head"]}, "modules_to_save: it holds whole modules"),
+    "modules_to_save": ({"modules_to_save": "head"}, "modules_to_save is no list of names"),
     "another type": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA"),
     "no type": ({"peft_type": None}, "peft_type is None"),
     "trained biases": ({"bias": "lora_only"}, "bias is 'lora_only'"),
@@ -418,3 +418,76 @@ def test_a_folder_of_several_adapters_names_them(tmp_path: Path, peft: Any) -> N
     with pytest.raises(ConvLoRAError, match="those in it do: rain"):
         formats.read(tmp_path)
     assert list(formats.read(tmp_path / "rain").layers) == ["stem"]
+
+
+# --- copies of whole modules -----------------------------------------------------------------------------------------
+
+
+class Tasked(nn.Module):
+    """A net with everything that `modules_to_save` is used for: a nested head, a norm with statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+        self.head = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.bn(self.body(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def trained(model: nn.Module, parameters: Any) -> nn.Module:
+    """After some steps in train mode, in eval mode."""
+    optimizer = torch.optim.SGD(parameters, lr=0.3)
+    model.train()
+    for _ in range(5):
+        loss = (model(torch.randn(8, 3, 6, 6) * 2 + 1) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_modules_that_peft_saves_are_read(wrapped: bool, tmp_path: Path, peft: Any) -> None:
+    base, x = Tasked(), torch.randn(2, 3, 6, 6)
+    config = peft.LoraConfig(r=2, target_modules=["body"], modules_to_save=["head", "bn"])
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    trained(model, [p for p in model.parameters() if p.requires_grad])
+    model.save_pretrained(tmp_path)
+    if not wrapped:  # as the names are in what `inject_adapter_in_model` made
+        file = tmp_path / "adapter_model.safetensors"
+        save_file({n.removeprefix("base_model.model."): t for n, t in load_file(file).items()}, file)
+    adapter = formats.read(tmp_path)
+    assert sorted(adapter.modules) == ["bn", "head.0", "head.2"]
+    loaded = convlora.load(copy.deepcopy(base), adapter).eval()
+    torch.testing.assert_close(loaded(x), model(x))
+    with convlora.disabled(loaded):
+        assert torch.equal(loaded(x), base.eval()(x))
+    plain = copy.deepcopy(base)
+    plain.load_state_dict(adapter.apply_to(base.state_dict()))
+    torch.testing.assert_close(plain.eval()(x), model(x))
+
+
+def test_modules_that_are_saved_here_load_in_peft(tmp_path: Path, peft: Any) -> None:
+    base, x = Tasked(), torch.randn(2, 3, 6, 6)
+    model = convlora.inject(copy.deepcopy(base), "body", rank=2, factors="locon", modules_to_save=["head"])
+    trained(model, convlora.parameters(model))
+    adapter = convlora.adapter(model)
+    assert sorted(adapter.modules) == ["bn", "head.0", "head.2"]  # the statistics have moved
+    with pytest.raises(ConvLoRAError, match="PEFT saves whole modules, and of 1 \\(first: 'bn'\\)"):
+        formats.write(adapter, tmp_path / "rain", "peft")
+    formats.write(adapter, tmp_path / "rain", "peft", base=base.state_dict())
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "rain").eval()
+    torch.testing.assert_close(loaded(x), model(x))
+    again = formats.read(tmp_path / "rain")
+    for path, tensors in adapter.modules.items():
+        assert all(torch.equal(again.modules[path][name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("kind", ["locon", "loralib"])
+def test_formats_without_copies_refuse_them(kind: str, tmp_path: Path) -> None:
+    model = convlora.inject(Tasked(), "body", rank=2, factors="locon", modules_to_save=["head"])
+    with pytest.raises(ConvLoRAError, match="holds no copies of modules"):
+        formats.write(convlora.adapter(model), tmp_path / "rain.safetensors", kind)
+    assert not list(tmp_path.iterdir())

@@ -207,3 +207,27 @@ def test_a_graph_around_a_model_is_refused_and_runs_on_outside() -> None:
     with convlora.using(model, "rain"), pytest.raises(Exception, match="using: a compiled model"):
         compiled(x())
     torch.testing.assert_close(compiled(x()), expected + 1)
+
+
+def test_a_graph_around_a_model_never_follows_the_choice_of_another() -> None:
+    """Before PyTorch 2.14, which cannot see in a graph who has chosen, it is refused."""
+    model = net()
+    expected = convlora.activate(model, "snow")(x())
+    compiled = torch.compile(lambda x: model(x) + 1, backend="eager", fullgraph=True)
+    found: list[Tensor | Exception] = []
+
+    def run() -> None:
+        try:
+            found.append(compiled(x()).detach())
+        except Exception as error:
+            found.append(error)
+
+    with convlora.using(model, "rain"):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    if oracle.TORCH >= (2, 14):
+        torch.testing.assert_close(found[0], expected + 1)
+    else:
+        assert isinstance(found[0], Exception)
+    torch.testing.assert_close(compiled(x()), expected + 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ import pytest
 from oracle import adapted_net, randomise
 
 import convlora
+from benchmarks.trust import crash
 from convlora import ConvLoRAError
 from convlora.support import atomic
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.trust import crash
 
 PLACES = [*crash.CASES, crash.CALLERS]
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import convlora.slot
-
-import convlora
 from benchmarks.trust import machine
+from convlora.layer import slot
 from convlora.layer.lowrank import LowRank
 from convlora.layer.slot import Slot
 
@@ -40,7 +34,7 @@ def _halves(copy_: Callable[..., None]) -> Callable[..., None]:
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "an effective weight off by some ulp": (convlora.slot, "fuse", _off_by_some_ulp),
+    "an effective weight off by some ulp": (slot, "fuse_weight", _off_by_some_ulp),
     "a context manager that brings back other strengths": (Slot, "restore", _doubles_strengths),
     "a file whose factors lose digits": (LowRank, "copy_", _halves),
     "an unmerge that forgets what was active": (Slot, "unmerge", lambda f: lambda self: setattr(self, "merged", False)),
@@ -56,9 +50,9 @@ def test_the_machine_finds(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_oracle_says_what_a_stock_network_computes() -> None:
-    from benchmarks.trust.dense import FEATURES, Net, Oracle
+    from benchmarks.trust.dense import INPUT_SHAPE, Oracle, OracleNet
 
-    net, oracle, x = Net().double(), Oracle(torch.float64), torch.randn(FEATURES, dtype=torch.float64)
+    net, oracle, x = OracleNet().double(), Oracle(torch.float64), torch.randn(INPUT_SHAPE, dtype=torch.float64)
     oracle.take_base(net.state_dict())
     y, bound = oracle.output(x)
     assert bool(((net(x) - y).abs() <= bound).all())
