@@ -75,6 +75,18 @@ def _declared_shape(layer: Any) -> tuple[int, ...]:
     return int(first), int(second // layer.groups), *map(int, layer.kernel_size)
 
 
+def declare_shape(module: nn.Module) -> None:
+    """Let the attributes of a layer say the shape that its weight has; of another module there are none to tell."""
+    layer: Any = module
+    if isinstance(module, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(module, _BASES):
+        first, second, *kernel = layer.weight.shape
+        pair = (first, second * layer.groups)
+        layer.out_channels, layer.in_channels = reversed(pair) if isinstance(module, _TRANSPOSED) else pair
+        layer.kernel_size = tuple(kernel)
+
+
 def weight_spec(layer: Any) -> WeightSpec:
     """The shape of a layer's weight and how to read it."""
     return WeightSpec(_declared_shape(layer), int(getattr(layer, "groups", 1)), isinstance(layer, _TRANSPOSED))
@@ -252,8 +264,13 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
 
 def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
     """A base checkpoint that comes after `inject` reaches the copies, too, while nothing was trained."""
-    self._convlora_base._load_from_state_dict(self, state_dict, prefix, *rest)
-    for name, copies in slot_of(self).copies().items():
+    slot = slot_of(self)
+    active, slot.active = slot.active, ()  # what `assign=True` assigns is the base's
+    try:
+        self._convlora_base._load_from_state_dict(self, state_dict, prefix, *rest)
+    finally:
+        slot.active = active
+    for name, copies in slot.copies().items():
         if not any(key.startswith(f"{prefix}{CHILD}.{name}.") for key in state_dict):
             copies.follow_base(own_tensors(self))
 

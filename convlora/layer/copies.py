@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +40,8 @@ class TensorCopies(AdapterTensors):
                 self.register_buffer(name, tensor)
         self._made: dict[str, tuple[int, int | None]] | None = self._state()
         # The strength as a tensor, for compiled models: another one makes no graph anew.
-        device = next(iter(tensors.values())).device if tensors else None
-        self.register_buffer(_GAIN, torch.ones((), dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer(_GAIN, None, persistent=False)
+        self.follow()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": None}  # a copy of the model does not know whether it was trained before
@@ -103,9 +103,23 @@ class TensorCopies(AdapterTensors):
     def tensor_names(self) -> Iterable[str]:
         return self._names
 
+    def follow(self) -> None:
+        """Have the strength as a tensor where the copies are; `load_state_dict(assign=True)` moves them."""
+        device = self.tensor(self._names[0]).device if self._names else None
+        with torch.inference_mode(False):
+            self._buffers[_GAIN] = torch.full((), self.strength, dtype=torch.float32, device=device)
+
     def extra_repr(self) -> str:
         held = ", ".join(self._names) or "statistics frozen"
         return f"{held}, strength={self.strength:g}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorCopies:
+        # Memory that replaces the meta device's has no values: the base's are still to come.
+        untrained = any(t.is_meta for t in self.tensors().values()) or self._made == self._state()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._made = self._state() if untrained else None
+        self.follow()
+        return self
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

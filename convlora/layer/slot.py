@@ -120,6 +120,8 @@ class Slot(nn.Module):
             refuse_choice_in_graph(self)
             return self._in_graph(base, kind)
         if self.choices and (choice := chosen(self)) is not None:
+            if choice.rows is not None and training and any(kind in entry._buffers for entry in self.copies().values()):
+                raise ConvLoRAError("per_sample: running statistics would move in train mode; model.eval() first")
             if choice.rows is not None and not self.low_ranks():
                 return base  # a module that adapters only copy: `per_sample` refuses copies that have moved
             strengths = choice.strengths if choice.rows is None else self._of_row()
@@ -299,7 +301,11 @@ class Slot(nn.Module):
         if formed is not None and formed.stands_on(base) and formed.is_of(acting) and formed.has_values():
             return formed.value
         keeps_version = isinstance(base, nn.Parameter) and not base.is_inference()
-        if base.device.type != "cpu" or not keeps_version or not all(_is_repeatable(low_rank) for low_rank, _ in acting):
+        if (
+            base.device.type != "cpu"
+            or not keeps_version
+            or not all(_is_repeatable(low_rank) for low_rank, _ in acting)
+        ):
             return self._compose(base, kind, acting, dropout=False)
         return self._form(base, key, acting, kind, merged=False).value
 

@@ -174,9 +174,10 @@ def plan_copies(root: nn.Module, config: AdapterConfig, operation: str) -> list[
     """What an adapter is to have copies of: all of the modules to save, and statistics elsewhere."""
     saved = modules_to_save_of(root, config, operation)
     plan = [CopyPlacement(path, module, list(own_tensors(module))) for path, module in saved.items()]
-    plan += plan_statistics(root, config, {id(module) for module in saved.values()}, operation)
+    whole = {id(module) for module in saved.values()}
+    plan += plan_statistics(root, config, whole, operation)
     for placement in plan:
-        check_copyable(placement.path, placement.module, operation)
+        check_copyable(placement.path, placement.module, operation, statistics=id(placement.module) not in whole)
     copied = {id(t) for p in plan for n, t in own_tensors(p.module).items() if n in p.names}
     ties = [
         tensor_key(path, name)
@@ -212,13 +213,14 @@ def plan_statistics(
     return [CopyPlacement(p, m, [] if freezes else statistics_names(m), freezes=freezes) for p, m in keeping]
 
 
-def check_copyable(path: str, module: nn.Module, operation: str) -> None:
+def check_copyable(path: str, module: nn.Module, operation: str, *, statistics: bool = False) -> None:
     """Refuse a module of which no copies can be had, before anything is changed."""
     if has_child_name(module):
         raise ConvLoRAError(f"{operation}: '{path}' cannot be copied: it has an attribute named {CHILD!r}")
     if any(nn.parameter.is_lazy(tensor) for tensor in own_tensors(module).values()):
         raise ConvLoRAError(f"{operation}: '{path}' has no shape yet (run one batch through the model first)")
-    check_adaptable(path, module, operation)
+    remedy = "; norm_statistics='base' leaves the statistics in the base" if statistics else ""
+    check_adaptable(path, module, operation, remedy)
 
 
 def check_injectable(model: Any, config: AdapterConfig, operation: str) -> nn.Module:
@@ -267,7 +269,7 @@ def place_adapter(
         adapt(module, config.name, entry)
 
 
-def check_adaptable(path: str, layer: nn.Module, operation: str) -> None:
+def check_adaptable(path: str, layer: nn.Module, operation: str, remedy: str = "") -> None:
     """Make the class that a layer is to get, before anything is changed: a class may refuse to be subclassed."""
     try:
         if not isinstance(layer, Adapted):
@@ -275,7 +277,7 @@ def check_adaptable(path: str, layer: nn.Module, operation: str) -> None:
     except Exception as error:
         kind = type(layer).__name__
         raise ConvLoRAError(
-            f"{operation}: '{path}' cannot be adapted: {kind} cannot be subclassed ({error!r})"
+            f"{operation}: '{path}' cannot be adapted: {kind} cannot be subclassed ({error!r}){remedy}"
         ) from error
 
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from convlora.adapter.parts import tensor_key
 from convlora.errors import ConvLoRAWarning
-from convlora.layer.adapted import Adapted
+from convlora.layer.adapted import CHILD, Adapted
 from convlora.layer.copies import own_tensors, sums_of_bits, version
+from convlora.layer.loading import AdapterTensors
+from convlora.layer.slot import Slot
 from convlora.model.traversal import adapter_slots, base_modules, require_adapters, unwrap_model
 
 M = TypeVar("M", bound=nn.Module)
@@ -121,10 +123,14 @@ def changed(model: nn.Module) -> list[str]:
     found: dict[str, None] = {}
     written: list[tuple[str, Tensor, Record]] = []
     for path, module in base_modules(root):
+        if isinstance(module, Slot | AdapterTensors):
+            continue  # of a module that was replaced
         records = module.__dict__.get(_RECORDS, {})
+        # `convert_sync_batchnorm` makes another module, to which it hands what acts, and the adapters as a child.
+        replaced = not isinstance(module, Adapted) and isinstance(dict(module.named_children()).get(CHILD), Slot)
         for name, tensor in own_tensors(module).items():
             record = records.get(name)
-            if tensor.requires_grad:
+            if tensor.requires_grad or replaced:
                 found[tensor_key(path, name)] = None
             elif record is not None and (record.trained or not isinstance(tensor, nn.Parameter)):
                 # Norms write their statistics uncounted.
