@@ -151,8 +151,22 @@ def inject(
     if config.bias and not any(placement.bias for placement in plan):
         raise ConvLoRAError(f"inject: bias=True, but none of the {len(plan)} layers has a bias")
     _warn_oversized(plan, config)
+    copies = _without_factored(copies, plan)
     place_adapter(root, plan, copies, named_targets(config, list(layers), root))
     return model
+
+
+def _without_factored(copies: Sequence[CopyPlacement], plan: Sequence[Placement]) -> list[CopyPlacement]:
+    """Without the statistics of layers that get factors: an adapter has one or the other of a module."""
+    factored = {id(placement.layer) for placement in plan}
+    if left := [c.path for c in copies if id(c.module) in factored]:
+        warnings.warn(
+            f"inject: {len(left)} of the selected layers (first: '{left[0]}') keep running statistics of their own,"
+            " which stay the base's and move in train mode; exclude= or modules_to_save= gives the adapter its own",
+            ConvLoRAWarning,
+            stacklevel=3,
+        )
+    return [c for c in copies if id(c.module) not in factored]
 
 
 def modules_to_save_of(root: nn.Module, config: AdapterConfig, operation: str) -> dict[str, nn.Module]:

@@ -711,3 +711,35 @@ def test_a_model_from_the_meta_device_takes_copies_from_its_checkpoint(how: str)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend="eager")(x), plain(x))
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+
+
+class Scaled(nn.Conv2d):
+    """A convolution that keeps a running statistic itself."""
+
+    running_max: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(3, 3, 1)
+        self.register_buffer("running_max", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.training:
+            self.running_max.copy_(torch.maximum(self.running_max, y.detach().abs().max()))
+        return y / (1 + self.running_max)
+
+
+@pytest.mark.parametrize("statistics", ["adapter", "frozen"])
+def test_a_target_that_keeps_statistics_keeps_its_factors_and_the_rest_is_said(statistics: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(Scaled(), nn.BatchNorm2d(3)), LIVES["unet"].batch(0)
+    with pytest.warns(
+        convlora.ConvLoRAWarning, match=r"1 of the selected layers \(first: '0'\) keep running statistics"
+    ):
+        model = convlora.inject(copy.deepcopy(base), "0", rank=1, norm_statistics=statistics)
+    train(model, [x, x])
+    assert convlora.changed(model) == ["0.running_max"]
+    with pytest.warns(convlora.ConvLoRAWarning, match=r"outside the adapter .*0\.running_max"):
+        convlora.save(model, tmp_path / "a.safetensors")
+    base[0].running_max.copy_(model[0].running_max)
+    assert torch.equal(output(convlora.load(base, tmp_path / "a.safetensors"), x), output(model, x))
