@@ -95,7 +95,7 @@ def compare(
     convlora.inject(model, ENCODER, rank=2, name="convlora", norm_statistics="frozen")
     convlora.activate(model, "convlora")
     parameters = convlora.parameters(model, "convlora")
-    self_train(model, head, target.images, parameters, steps=steps, rate=3e-5, seed=seed)
+    self_train(model, head, target.images, parameters, steps=steps, rate=3e-4, seed=seed)
     convlora.save(model, out / f"convlora_{seed}.safetensors", name="convlora")
     evaluate("ConvLoRA", model, out / f"convlora_{seed}.safetensors", parameters)
 
@@ -103,7 +103,7 @@ def compare(
     convlora.inject(model, ENCODER, rank=2, name="both")
     convlora.activate(model, "both")
     parameters = convlora.parameters(model, "both")
-    self_train(model, head, target.images, parameters, steps=steps, rate=2.5e-3, seed=seed)
+    self_train(model, head, target.images, parameters, steps=steps, rate=2e-3, seed=seed)
     update_bn(batches, model)
     convlora.save(model, out / f"both_{seed}.safetensors", name="both")
     both = evaluate("ConvLoRA + AdaBN", model, out / f"both_{seed}.safetensors", parameters)
@@ -112,7 +112,7 @@ def compare(
     whole = UNet()
     whole.load_state_dict(base_state)
     tuned = list(whole.encoder[: EARLY + 1].parameters())
-    self_train(whole, head, target.images, tuned, steps=steps, rate=2e-3, seed=seed)
+    self_train(whole, head, target.images, tuned, steps=steps, rate=1e-3, seed=seed)
     update_bn(batches, whole)
     save_file(whole.state_dict(), out / f"all_weights_{seed}.safetensors")
     evaluate("all weights + AdaBN", whole, out / f"all_weights_{seed}.safetensors", tuned)
@@ -177,18 +177,19 @@ def main(
     seeds: Annotated[int, typer.Option(help="How often, from the images on.", min=1)] = 3,
     images: Annotated[int, typer.Option(help="Source images, and target images, to learn from.", min=8)] = 64,
     judge: Annotated[Literal["held-out", "validation"], typer.Option(help="Images that figures are of.")] = "held-out",
-    base_steps: Annotated[int, typer.Option(help="Steps of the U-Net on the source.", min=1)] = 400,
-    head_steps: Annotated[int, typer.Option(help="Steps of the early head.", min=1)] = 400,
-    steps: Annotated[int, typer.Option(help="Steps of each adaptation.", min=1)] = 150,
-    threads: Annotated[int, typer.Option(help="CPU threads; layers this small gain little by more.", min=1)] = 1,
+    base_steps: Annotated[int, typer.Option(help="Steps of the U-Net on the source.", min=1)] = 500,
+    head_steps: Annotated[int, typer.Option(help="Steps of the early head.", min=1)] = 600,
+    steps: Annotated[int, typer.Option(help="Steps of each adaptation.", min=1)] = 100,
+    threads: Annotated[int | None, typer.Option(help="CPU threads, else all.", min=1)] = None,
     out: Annotated[Path, typer.Option(help="Folder for what the run writes.")] = Path("runs/segment"),
 ) -> None:
     """Adapt a U-Net to a second microscope without labels, as ConvLoRA's paper does.
 
-    The images are drawn by the script; two to three minutes on a CPU. It writes bases and
+    The images are drawn by the script; some two minutes on two CPU cores. It writes bases and
     adapters, a picture and results.json.
     """
-    torch.set_num_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     options = dict(images=images, judge=judge, base_steps=base_steps, head_steps=head_steps, steps=steps)
     began = time.perf_counter()

@@ -249,5 +249,5 @@ def test_the_script_draws_three_images(short_run: tuple[str, Path, dict[str, Any
 def test_only_a_default_run_promises_gains(short_run: tuple[str, Path, dict[str, Any]]) -> None:
     assert "gain" not in short_run[0]
     command = typer.main.get_command(example.app)
-    for options, promised in (([], True), (["--threads", "1", "--out", "x"], True), (["--steps", "150"], False)):
+    for options, promised in (([], True), (["--threads", "1", "--out", "x"], True), (["--steps", "100"], False)):
         assert example.is_default_run(command.make_context("segment", options)) is promised
