@@ -29,14 +29,33 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from common import RESULTS, Case, Section, facts_of_run, in_new_process, interleave, peak_memory, write_results
+from common import (
+    RESULTS,
+    Section,
+    TimedCase,
+    facts_of_run,
+    in_new_process,
+    peak_memory,
+    time_interleaved,
+    write_results,
+)
 from safetensors.torch import save_file
 from sr.data import Patches
 from sr.degradations import enlarge
 from sr.metrics import quality
 from sr.networks import load_any
 from torch import Tensor, nn
-from trials import Result, carry_all, count, judge, mean_and_deviation, named_paths, photos, start, train_for
+from trials import (
+    Result,
+    count_parameters,
+    mean_and_deviation,
+    named_paths,
+    photo_pairs,
+    psnr_and_ssim,
+    results_of_all,
+    set_up_training,
+    train_for,
+)  # fmt: skip
 
 import convlora
 
@@ -111,7 +130,7 @@ def spending(model: nn.Module, rank: int, factors: str) -> int:
 
 def largest_rank(model: nn.Module, budget: float, factors: str) -> int:
     """The largest rank of which adapters on every layer stay within the budget."""
-    allowed, rank = budget * count(model.parameters()), 0
+    allowed, rank = budget * count_parameters(model.parameters()), 0
     while spending(model, rank + 1, factors) <= allowed:
         rank += 1
     if not rank:
@@ -124,28 +143,32 @@ def largest_rank(model: nn.Module, budget: float, factors: str) -> int:
 
 def carry_out(trial: Trial, data: Path, bases: Mapping[str, Path]) -> Result:
     """Train and judge; the first seed also on clean input, with adapters switched off where they can be."""
-    start(trial.seed)
+    set_up_training(trial.seed)
     model, scale = load_any(bases[trial.base])
-    pairs = photos(data, trial.judged, trial.degradation)
+    pairs = photo_pairs(data, trial.judged, trial.degradation)
     if trial.method == "bicubic":
         reached = quality([enlarge(pair.low, scale) for pair in pairs], [pair.high for pair in pairs], scale)
         return {"judged": [reached.psnr, reached.ssim]}
-    result: Result = {"base_parameters": count(model.parameters())}
+    result: Result = {"base_parameters": count_parameters(model.parameters())}
     if trial.rate:
-        training = photos(data, "train", trial.degradation, draws=2)
+        training = photo_pairs(data, "train", trial.degradation, draws=2)
         patches, others = (
             Patches(training, patch=trial.patch, batch=trial.batch, seed=seed)
             for seed in (trial.seed, 10**6 + trial.seed)
         )
         parameters = prepare_method(model, trial, itertools.islice(others, BATCHES))
         trained = train_for(trial.steps, trial.rate, model, parameters, patches)
-        result |= {"parameters": count(parameters), "bytes": file_size(model, trial), "seconds": trained.seconds}
+        result |= {
+            "parameters": count_parameters(parameters),
+            "bytes": file_size(model, trial),
+            "seconds": trained.seconds,
+        }
         if trial.method.endswith("allocated"):
             result["ranks"] = {layer.name: layer.rank for layer in convlora.summary(model).layers}
-    result["judged"] = judge(model, pairs)
+    result["judged"] = psnr_and_ssim(model, pairs)
     if trial.judged == "val" and trial.seed == 0:
         switch_off(model, trial)
-        result["clean"] = judge(model, photos(data, "val", "clean"))
+        result["clean"] = psnr_and_ssim(model, photo_pairs(data, "val", "clean"))
     return result
 
 
@@ -319,8 +342,8 @@ def costs(bases: Mapping[str, Path], rounds: int) -> Section:
     )
     for name, path in bases.items():
         steps = {method: one_step(path, method, patch) for method in COSTS}
-        cases = [Case(method, lambda _, step=step: step()) for method, step in steps.items()]
-        times = interleave(name, cases, rounds)
+        cases = [TimedCase(method, lambda _, step=step: step()) for method, step in steps.items()]
+        times = time_interleaved(name, cases, rounds)
         for method in COSTS:
             memory = int(*in_new_process(__file__, ".", "--base", f"{name}={path}", "--measure", method))
             ratio = times[method].over(times["full"])
@@ -362,13 +385,13 @@ def main(
         searched = searches(name, is_richer)
         unsettled = searched
         while unsettled:
-            found |= carry_all([trial for choice in unsettled.values() for trial in choice], carry, trials, jobs)
+            found |= results_of_all([trial for choice in unsettled.values() for trial in choice], carry, trials, jobs)
             unsettled = widened(unsettled, found)
             searched |= unsettled
         rates = {setting: best(choice, found).rate for setting, choice in searched.items()}
         rows |= {(name, d): table_trials(name, d, rates, seeds, is_richer) for d in DEGRADED}
         wanted = [trial for d in DEGRADED for row in rows[name, d].values() for trial in row]
-        found |= carry_all(wanted, carry, trials, jobs)
+        found |= results_of_all(wanted, carry, trials, jobs)
     sections = [goals(rows, found), *(table(*place, row, found) for place, row in rows.items()), costs(bases, rounds)]
     for section in sections:
         section.show()

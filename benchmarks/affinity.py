@@ -17,7 +17,16 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from common import RESULTS, Case, Section, facts_of_run, in_new_process, interleave, peak_memory, write_results
+from common import (
+    RESULTS,
+    Section,
+    TimedCase,
+    facts_of_run,
+    in_new_process,
+    peak_memory,
+    time_interleaved,
+    write_results,
+)
 from torch import Tensor
 
 from convlora.distill import spatial_affinity
@@ -63,8 +72,8 @@ def timing(device: str, dtype: torch.dtype, sides: list[int], rounds: int) -> Se
     )
     for side in sides:
         pair = features(4, side, device, dtype)
-        cases = [Case(form, lambda _, form=form, pair=pair: step(form, pair)) for form in FORMS]
-        times = interleave(f"{side} x {side}", cases, rounds)
+        cases = [TimedCase(form, lambda _, form=form, pair=pair: step(form, pair)) for form in FORMS]
+        times = time_interleaved(f"{side} x {side}", cases, rounds)
         ratio = times["textbook"].over(times["blocks"])
         goal = ("met" if ratio.wall >= 4 else "missed") if device == "cpu" and dtype == torch.float32 else ""
         section.add(

@@ -37,7 +37,7 @@ console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass(frozen=True)
-class Case:
+class TimedCase:
     """One thing to time: `run(prepare())`, of which only `run` is timed, `calls` times in a row; `after` tidies up."""
 
     name: str
@@ -60,7 +60,7 @@ class Times:
 
     @property
     def iqr(self) -> float:
-        return spread(self.wall)
+        return interquartile_range(self.wall)
 
     def __str__(self) -> str:
         """Milliseconds: median (interquartile range)."""
@@ -69,7 +69,7 @@ class Times:
     def over(self, other: Times) -> Ratio:
         return Ratio(
             statistics.median(pairs := [a / b for a, b in zip(self.wall, other.wall, strict=True)]),
-            spread(pairs),
+            interquartile_range(pairs),
             statistics.median(a / b for a, b in zip(self.cpu, other.cpu, strict=True)),
             min(self.wall) / min(other.wall),
         )
@@ -93,7 +93,7 @@ class Ratio:
         return f"{self.wall:.3f} ({self.iqr:.3f})"
 
 
-def spread(values: Sequence[float]) -> float:
+def interquartile_range(values: Sequence[float]) -> float:
     """The interquartile range."""
     if len(values) < 2:
         return 0.0
@@ -101,7 +101,7 @@ def spread(values: Sequence[float]) -> float:
     return high - low
 
 
-def interleave(title: str, cases: Sequence[Case], rounds: int) -> dict[str, Times]:
+def time_interleaved(title: str, cases: Sequence[TimedCase], rounds: int) -> dict[str, Times]:
     """Time all cases once a round, in random order; one round more, the first, is not counted.
 
     Garbage is collected before each timing and not during it.
@@ -119,7 +119,7 @@ def interleave(title: str, cases: Sequence[Case], rounds: int) -> dict[str, Time
     return times
 
 
-def _once(case: Case) -> tuple[float, float]:
+def _once(case: TimedCase) -> tuple[float, float]:
     prepared = case.prepare()
     gc.collect(0 if case.calls > 1 else 2)
     gc.disable()
@@ -134,7 +134,7 @@ def _once(case: Case) -> tuple[float, float]:
     return wall / case.calls, cpu / case.calls
 
 
-def calls_for(run: Callable[[], Any], seconds: float) -> int:
+def calls_that_take(run: Callable[[], Any], seconds: float) -> int:
     """How many calls in a row take about this long."""
     run()
     start = time.perf_counter()

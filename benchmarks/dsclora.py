@@ -28,12 +28,22 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import RESULTS, Case, Section, facts_of_run, interleave, write_results
+from common import RESULTS, Section, TimedCase, facts_of_run, time_interleaved, write_results
 from sr.data import Patches
 from sr.distillation import Distillation, inject_dsclora
 from sr.models import load_span
 from torch.utils.flop_counter import FlopCounterMode
-from trials import Result, carry_all, count, judge, mean_and_deviation, named_paths, photos, start, train_for
+from trials import (
+    Result,
+    count_parameters,
+    mean_and_deviation,
+    named_paths,
+    photo_pairs,
+    psnr_and_ssim,
+    results_of_all,
+    set_up_training,
+    train_for,
+)  # fmt: skip
 
 import convlora
 
@@ -93,19 +103,22 @@ ROBUST: dict[str, dict[str, float | bool]] = {
 
 def carry_out(run: Run, data: Path, bases: dict[str, Path]) -> Result:
     """Train, merge, remove, judge."""
-    start(run.seed)
+    set_up_training(run.seed)
     model, _ = load_span(bases[run.base])
     teacher = load_span(bases[run.by])[0].requires_grad_(False) if run.by else None
-    result: Result = {"base_parameters": count(model.parameters())}
+    result: Result = {"base_parameters": count_parameters(model.parameters())}
     parameters = list(model.parameters()) if run.full else convlora.parameters(inject_dsclora(model))
     if run.steps:
-        patches = Patches(photos(data, "train", run.degradation), patch=run.patch, batch=run.batch, seed=run.seed)
+        patches = Patches(photo_pairs(data, "train", run.degradation), patch=run.patch, batch=run.batch, seed=run.seed)
         loss = Distillation(run.high, run.teacher, run.affinity, run.clean_teacher, teacher)
         result["seconds"] = train_for(run.steps, run.rate, model, parameters, patches, make_loss=loss).seconds
     if not run.full:
         convlora.remove(convlora.merge(model))
-    result |= {"trained_parameters": count(parameters), "merged_parameters": count(model.parameters())}
-    return result | {name: judge(model, photos(data, name, run.degradation)) for name in run.judged}
+    result |= {
+        "trained_parameters": count_parameters(parameters),
+        "merged_parameters": count_parameters(model.parameters()),
+    }
+    return result | {name: psnr_and_ssim(model, photo_pairs(data, name, run.degradation)) for name in run.judged}
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -193,10 +206,10 @@ def inference(bases: dict[str, Path], rounds: int) -> Section:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(x)
             operations[kind] = counter.get_total_flops()
-        cases = [Case(kind, torch.no_grad()(lambda _, m=m: m(x)), calls=4) for kind, m in models.items()]
-        times = interleave(name, cases, rounds)
+        cases = [TimedCase(kind, torch.no_grad()(lambda _, m=m: m(x)), calls=4) for kind, m in models.items()]
+        times = time_interleaved(name, cases, rounds)
         ratio = times["merged"].over(times["base"])
-        sizes = {kind: count(model.parameters()) for kind, model in models.items()}
+        sizes = {kind: count_parameters(model.parameters()) for kind, model in models.items()}
         section.add(
             name, f"{sizes['base']:,}", f"{sizes['merged']:,}",
             *(f"{operations[kind] / 1e9:.3f}" for kind in ("base", "merged")),
@@ -230,7 +243,7 @@ def main(
     carry = functools.partial(carry_out, data=data, bases=bases)
     found: dict[Run, Result] = {}
     for rows in (paper, robustness, others, *regimes.values()):
-        found |= carry_all((run for line in rows.values() for run in line), carry, runs, jobs)
+        found |= results_of_all((run for line in rows.values() for run in line), carry, runs, jobs)
     defaults = Run("")
     recipe = (
         f"{defaults.steps} steps, Adam, cosine, batch {defaults.batch}, LR patch {defaults.patch}, turned and "

@@ -20,7 +20,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import RESULTS, Case, Section, calls_for, facts_of_run, interleave, milliseconds, write_results
+from common import (
+    RESULTS,
+    Section,
+    TimedCase,
+    calls_that_take,
+    facts_of_run,
+    milliseconds,
+    time_interleaved,
+    write_results,
+)
 from spandrel.architectures.ESRGAN import ESRGAN
 from sr.models import new_span
 from torch import Tensor, nn
@@ -67,12 +76,12 @@ def live(rounds: int) -> Section:
                 slot._fused.clear()
             model(x)
 
-        calls = calls_for(lambda x=x, model=models["base"]: model(x), 0.1)
+        calls = calls_that_take(lambda x=x, model=models["base"]: model(x), 0.1)
         cases = [
-            Case(key, formed if key == "formed" else lambda _, x=x, model=model: model(x), calls=calls)
+            TimedCase(key, formed if key == "formed" else lambda _, x=x, model=model: model(x), calls=calls)
             for key, model in models.items()
         ]
-        times = interleave(name, cases, rounds)
+        times = time_interleaved(name, cases, rounds)
         over = {key: times[key].over(times["base"]) for key in models if key != "base"}
         section.add(
             name, milliseconds(times["base"].median), *map(str, over.values()),
@@ -96,11 +105,11 @@ def switching(rounds: int) -> Section:
         convlora.activate(model, next(names))
 
     cases = [
-        Case("activate the other adapter", lambda _: switch()),
-        Case("the first forward after it", lambda _: model(x), prepare=switch),
-        Case("a later forward", lambda _: model(x), prepare=lambda: model(x)),
+        TimedCase("activate the other adapter", lambda _: switch()),
+        TimedCase("the first forward after it", lambda _: model(x), prepare=switch),
+        TimedCase("a later forward", lambda _: model(x), prepare=lambda: model(x)),
     ]
-    times = interleave("switching", cases, rounds)
+    times = time_interleaved("switching", cases, rounds)
     for case in cases:
         section.add(case.name, str(times[case.name]), step=case.name, **times[case.name].facts())
     again, what = recompilations(), "compilations again after loading a file over the adapter of a compiled SPAN"
@@ -155,11 +164,11 @@ def several(rounds: int) -> Section:
         same = adapted(lambda channels=channels: new_span(channels), names)
         difference = float((alone() - together()).abs().max())
         cases = [
-            Case("together", lambda _, run=together: run()),
-            Case("alone", lambda _, run=alone: run()),
-            Case("same", lambda _, model=same, x=x: model(x)),
+            TimedCase("together", lambda _, run=together: run()),
+            TimedCase("alone", lambda _, run=alone: run()),
+            TimedCase("same", lambda _, model=same, x=x: model(x)),
         ]
-        times = interleave(f"SPAN-{channels}", cases, rounds)
+        times = time_interleaved(f"SPAN-{channels}", cases, rounds)
         over = {key: times[key].over(times["together"]) for key in ("alone", "same")}
         section.add(
             f"SPAN-{channels}", milliseconds(times["together"].median),

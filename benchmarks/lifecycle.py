@@ -27,7 +27,17 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import RESULTS, Case, Section, Times, calls_for, facts_of_run, interleave, milliseconds, write_results
+from common import (
+    RESULTS,
+    Section,
+    TimedCase,
+    Times,
+    calls_that_take,
+    facts_of_run,
+    milliseconds,
+    time_interleaved,
+    write_results,
+)
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils.hotswap import hotswap_adapter
 from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet
@@ -64,7 +74,7 @@ def peft_config() -> LoraConfig:
 def verbs(rounds: int) -> Section:
     base = esrgan()
     with tempfile.TemporaryDirectory() as folder:
-        times = {verb: interleave(verb, cases, rounds) for verb, cases in _verb_cases(base, Path(folder))}
+        times = {verb: time_interleaved(verb, cases, rounds) for verb, cases in _verb_cases(base, Path(folder))}
     section = Section(
         f"Verbs on an ESRGAN, rank {RANK}",
         "Milliseconds: median (interquartile range). Ratios: PEFT over convlora, above 1 convlora is faster; wall time"
@@ -83,7 +93,7 @@ def verbs(rounds: int) -> Section:
     return section
 
 
-def _verb_cases(base: nn.Module, folder: Path) -> Iterator[tuple[str, list[Case]]]:
+def _verb_cases(base: nn.Module, folder: Path) -> Iterator[tuple[str, list[TimedCase]]]:
     """Per verb the cases of the two factorizations, then PEFT's; factors are random, as after training.
 
     A generator, since later verbs change the models that earlier ones are timed on.
@@ -101,10 +111,10 @@ def _verb_cases(base: nn.Module, folder: Path) -> Iterator[tuple[str, list[Case]
     ours = {factors: adapted(factors) for factors in FACTORS}
     theirs = randomize(get_peft_model(fresh(), peft_config()))
 
-    def cases(run: Any, prepare: Callable[[str], Any], *peft: Any, after: Any = lambda model: None) -> list[Case]:
+    def cases(run: Any, prepare: Callable[[str], Any], *peft: Any, after: Any = lambda model: None) -> list[TimedCase]:
         """Those of the two factorizations, `run(factors, prepare(factors))`, and PEFT's."""
-        ours = [Case(f, functools.partial(run, f), functools.partial(prepare, f), after) for f in FACTORS]
-        return [*ours, Case(*peft)]
+        ours = [TimedCase(f, functools.partial(run, f), functools.partial(prepare, f), after) for f in FACTORS]
+        return [*ours, TimedCase(*peft)]
 
     def plain(factors: str) -> nn.Module:
         return fresh()
@@ -173,9 +183,9 @@ def forwards(
     section = Section(title, note, ("variant", "ms", "CPU time", "wall time", "IQR of wall", "minima", "goal"))
     first, *_ = variants
     with torch.no_grad():
-        calls = calls_for(lambda: variants[first](x), seconds=0.02)
-        times = interleave(title, [Case(n, lambda x, m=m: m(x), lambda: x, calls=calls) for n, m in variants.items()],
-                           rounds)  # fmt: skip
+        calls = calls_that_take(lambda: variants[first](x), seconds=0.02)
+        cases = [TimedCase(name, model, lambda: x, calls=calls) for name, model in variants.items()]
+        times = time_interleaved(title, cases, rounds)
     for name, of in times.items():
         ratio = of.over(times[first])
         goal = "" if name not in goals else "met" if goals[name][0] <= ratio.cpu <= goals[name][1] else "missed"

@@ -20,13 +20,13 @@ import torch
 import typer
 from common import (
     RESULTS,
-    Case,
     Section,
+    TimedCase,
     facts_of_run,
     in_new_process,
-    interleave,
     milliseconds,
     peak_memory,
+    time_interleaved,
     write_results,
 )  # fmt: skip
 from matplotlib.figure import Figure
@@ -83,13 +83,13 @@ def measure(size: Size, rounds: int) -> tuple[dict[str, Any], Any]:
             return copy.deepcopy(plain)
 
         cases = [
-            Case("inject", size.inject, prepare=copied),
-            Case("save", lambda _: convlora.save(model, place / "b.safetensors")),
-            Case("load", lambda net: convlora.load(net, path), prepare=copied),
-            Case("floor", lambda _: floor()),
-            Case("step", lambda _: trained()),
+            TimedCase("inject", size.inject, prepare=copied),
+            TimedCase("save", lambda _: convlora.save(model, place / "b.safetensors")),
+            TimedCase("load", lambda net: convlora.load(net, path), prepare=copied),
+            TimedCase("floor", lambda _: floor()),
+            TimedCase("step", lambda _: trained()),
         ]
-        times = interleave(f"{size.layers} layers, rank {size.rank}", cases, rounds)
+        times = time_interleaved(f"{size.layers} layers, rank {size.rank}", cases, rounds)
         facts: dict[str, Any] = {name: times[name].facts() for name in times} | {
             "layers": size.layers, "rank": size.rank, "channels": size.channels, "side": size.side,
             "parameters": convlora.summary(model).trainable, "bytes": path.stat().st_size,

@@ -31,13 +31,13 @@ import torch
 import typer
 from common import (
     RESULTS,
-    Case,
     Section,
+    TimedCase,
     facts_of_run,
     in_new_process,
-    interleave,
     milliseconds,
     peak_memory,
+    time_interleaved,
     write_results,
 )  # fmt: skip
 from lycoris import LycorisNetwork, create_lycoris
@@ -272,8 +272,8 @@ def measure_net(name: str, ranks: list[int], rounds: int, threads: int, memory: 
             if contestant in ("floor", "full", "convlora", "composite", "locon"):
                 raise
             failures[contestant, rank] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-    cases = [Case(f"{contestant}|{rank}", lambda _, run=run: run()) for (contestant, rank), run in steps.items()]
-    times = interleave(name, cases, rounds)
+    cases = [TimedCase(f"{contestant}|{rank}", lambda _, run=run: run()) for (contestant, rank), run in steps.items()]
+    times = time_interleaved(name, cases, rounds)
     base = times["floor|0"]
     rows, data = [], []
     full_over = times["full|0"].over(base)

@@ -36,7 +36,7 @@ def key(trial: Any) -> str:
     return json.dumps(dataclasses.asdict(trial), sort_keys=True)
 
 
-def carry_all(
+def results_of_all(
     trials: Iterable[Trial], carry_out: Callable[[Trial], Result], kept: Path, jobs: int
 ) -> dict[Trial, Result]:
     """The results of all trials; those that `kept` does not have are carried out, `jobs` at a time.
@@ -61,7 +61,7 @@ def carry_all(
 
 
 @functools.cache
-def photos(data: Path, name: str, degradation: str, draws: int = 1) -> list[Pair]:
+def photo_pairs(data: Path, name: str, degradation: str, draws: int = 1) -> list[Pair]:
     """The pairs of `"train"`, `"kept out"`, `"set5"` or `"val"`, x4."""
     folder = data / {"set5": "set5/HR", "val": "bsds/val"}.get(name, "bsds/train")
     found = [photo for photo in crop_photos(read_folder(folder), 4, 64) if photo.name != EXCLUDED]
@@ -73,7 +73,7 @@ def photos(data: Path, name: str, degradation: str, draws: int = 1) -> list[Pair
     return degraded_pairs(found, DEGRADATIONS[degradation], scale=4, draws=draws, seed=seed)
 
 
-def start(seed: int) -> None:
+def set_up_training(seed: int) -> None:
     """What comes before a training: the same numbers at every run, on one thread."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -93,13 +93,13 @@ def named_paths(texts: Iterable[str]) -> dict[str, Path]:
     return {name: Path(path) for name, _, path in (text.partition("=") for text in texts)}
 
 
-def judge(model: nn.Module, pairs: Sequence[Pair]) -> list[float]:
+def psnr_and_ssim(model: nn.Module, pairs: Sequence[Pair]) -> list[float]:
     """[PSNR-Y, SSIM-Y]."""
     reached = quality([upscale(model, pair.low) for pair in pairs], [pair.high for pair in pairs], 4)
     return [reached.psnr, reached.ssim]
 
 
-def count(parameters: Iterable[nn.Parameter]) -> int:
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 

@@ -25,9 +25,9 @@ _PATTERNS = ("targets", "exclude", "modules_to_save")
 
 # An adapter's name becomes that of a submodule: it cannot be that of an attribute of the module that holds adapters.
 _RESERVED = frozenset(dir(nn.Module())) | {
-    "acting", "activate", "active", "by_rows", "choices", "copies", "effective", "entry", "freezes_statistics",
-    "has_copies", "low_rank", "low_ranks", "merge", "merged", "names", "only_acting", "own_buffer", "restore",
-    "sample_rows", "state", "strengths", "swap", "unmerge",
+    "acting", "activate", "active", "by_rows", "choices", "copies", "effective", "entries", "entry",
+    "freezes_statistics", "has_copies", "low_rank", "low_ranks", "merge", "merged", "names", "only_acting",
+    "own_buffer", "restore", "sample_rows", "state", "strengths", "swap", "unmerge",
 }  # fmt: skip
 
 

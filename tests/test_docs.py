@@ -149,7 +149,7 @@ def test_every_dependency_has_a_lower_bound_and_the_readme_states_it() -> None:
 
 
 def test_what_the_library_imports_it_declares() -> None:
-    imported = {"numpy", "einops"}  # by torch, where a tensor's bytes are taken; by the examples
+    imported = {"numpy"}  # by torch, where a tensor's bytes are taken; by the examples
     for path in (ROOT / "convlora").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

@@ -29,7 +29,7 @@ LEFT_OUT = {
 
 
 @dataclass(frozen=True)
-class Case:
+class NetworkCase:
     """A network. `inputs` gives positional and keyword arguments of its forward; both are made right after seeding."""
 
     library: str
@@ -52,20 +52,20 @@ class Case:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
         return model
 
-    def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def seeded_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         torch.manual_seed(1)
         return self.inputs()
 
 
-def given(*arguments: Any, **keywords: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def inputs_of(*arguments: Any, **keywords: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return arguments, keywords
 
 
 def images(size: int, number: int = 2, channels: int = 3) -> Callable[[], Any]:
-    return lambda: given(torch.rand(number, channels, size, size))
+    return lambda: inputs_of(torch.rand(number, channels, size, size))
 
 
-def cases(libraries: tuple[str, ...] = LIBRARIES) -> list[Case]:
+def network_cases(libraries: tuple[str, ...] = LIBRARIES) -> list[NetworkCase]:
     """All networks of the libraries that are installed."""
     return [case for library in libraries if importlib.util.find_spec(library) for case in _OF[library]()]
 
@@ -105,24 +105,24 @@ def _nested_encoder() -> nn.Module:
 def _padded() -> Any:
     mask = torch.zeros(2, 7, dtype=torch.bool)
     mask[1, 4:] = True
-    return given(torch.randn(2, 7, 16), src_key_padding_mask=mask)
+    return inputs_of(torch.randn(2, 7, 16), src_key_padding_mask=mask)
 
 
-def _torch() -> Iterator[Case]:
+def _torch() -> Iterator[NetworkCase]:
     def tokens(features: int) -> Any:
-        return lambda: given(torch.randn(2, 7, features))
+        return lambda: inputs_of(torch.randn(2, 7, features))
 
-    yield Case("torch", "nn.LSTM between layers", Recurrent, tokens(8))
-    yield Case("torch", "nn.MultiheadAttention", Attention, tokens(16))
-    yield Case("torch", "nn.MultiheadAttention, no bias", lambda: Attention(bias=False), tokens(16))
-    yield Case(
+    yield NetworkCase("torch", "nn.LSTM between layers", Recurrent, tokens(8))
+    yield NetworkCase("torch", "nn.MultiheadAttention", Attention, tokens(16))
+    yield NetworkCase("torch", "nn.MultiheadAttention, no bias", lambda: Attention(bias=False), tokens(16))
+    yield NetworkCase(
         "torch", "nn.MultiheadAttention, kdim", lambda: Attention(kdim=16, vdim=16, add_bias_kv=True), tokens(16)
     )
-    yield Case("torch", "nn.TransformerEncoder", _encoder, tokens(16))
-    yield Case("torch", "nn.TransformerEncoder, nested tensors", _nested_encoder, _padded)
-    yield Case(
+    yield NetworkCase("torch", "nn.TransformerEncoder", _encoder, tokens(16))
+    yield NetworkCase("torch", "nn.TransformerEncoder, nested tensors", _nested_encoder, _padded)
+    yield NetworkCase(
         "torch", "nn.Transformer", lambda: nn.Transformer(16, 4, 1, 1, 32, 0.0, batch_first=True),
-        lambda: given(torch.randn(2, 7, 16), torch.randn(2, 5, 16)),
+        lambda: inputs_of(torch.randn(2, 7, 16), torch.randn(2, 5, 16)),
     )  # fmt: skip
 
 
@@ -148,35 +148,35 @@ def _detected(small: int) -> Callable[[], Any]:
         target = {
             "boxes": boxes, "labels": torch.tensor([1, 1]), "masks": torch.ones(2, small, small, dtype=torch.uint8),
         }  # fmt: skip
-        return given([torch.rand(3, small, small) for _ in range(2)], [dict(target) for _ in range(2)])
+        return inputs_of([torch.rand(3, small, small) for _ in range(2)], [dict(target) for _ in range(2)])
 
     return inputs
 
 
-def _torchvision() -> Iterator[Case]:
+def _torchvision() -> Iterator[NetworkCase]:
     from torchvision import models
 
-    def case(name: str, inputs: Any, **options: Any) -> Case:
-        return Case("torchvision", name, lambda: models.get_model(name, weights=None, **options), inputs)
+    def case(name: str, inputs: Any, **options: Any) -> NetworkCase:
+        return NetworkCase("torchvision", name, lambda: models.get_model(name, weights=None, **options), inputs)
 
     for name, size in _CLASSIFIERS.items():
         quiet = {"init_weights": False} if name == "googlenet" else {}  # SciPy's, and slow
         yield case(name, images(size), **quiet)
     small = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
-    yield Case("torchvision", "VisionTransformer", lambda: models.VisionTransformer(**small), images(32))
+    yield NetworkCase("torchvision", "VisionTransformer", lambda: models.VisionTransformer(**small), images(32))
     tiny = {"input_size": (64, 64), "stem_channels": 16, "partition_size": 2, "block_channels": [16, 32],
             "block_layers": [1, 1], "head_dim": 8, "stochastic_depth_prob": 0.1}  # fmt: skip
-    yield Case("torchvision", "MaxVit", lambda: models.MaxVit(**tiny), images(64))
+    yield NetworkCase("torchvision", "MaxVit", lambda: models.MaxVit(**tiny), images(64))
     for name in _SEGMENTATION:
         yield case(name, images(64), weights_backbone=None, num_classes=4)
     for name in _DETECTORS:
-        yield Case("torchvision", name, functools.partial(_detector, name), _detected(64))
+        yield NetworkCase("torchvision", name, functools.partial(_detector, name), _detected(64))
     yield case("ssdlite320_mobilenet_v3_large", _detected(64), weights_backbone=None, num_classes=3)
-    yield Case("torchvision", "resnet_fpn_backbone", _backbone, images(64))
+    yield NetworkCase("torchvision", "resnet_fpn_backbone", _backbone, images(64))
     for name in _VIDEO:
-        yield case(name, lambda: given(torch.rand(2, 3, 4, 32, 32)), num_classes=4)
-    yield case("swin3d_t", lambda: given(torch.rand(1, 3, 4, 32, 32)), num_classes=4)
-    yield case("raft_small", lambda: given(torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128), 2))
+        yield case(name, lambda: inputs_of(torch.rand(2, 3, 4, 32, 32)), num_classes=4)
+    yield case("swin3d_t", lambda: inputs_of(torch.rand(1, 3, 4, 32, 32)), num_classes=4)
+    yield case("raft_small", lambda: inputs_of(torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128), 2))
 
 
 def _backbone() -> nn.Module:
@@ -294,12 +294,14 @@ _TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {  # module -> model, size o
 _BATCH_NORM_1D = ("efficientvit_msra", "iformer", "levit")  # normalise single numbers over the batch
 
 
-def _timm() -> Iterator[Case]:
+def _timm() -> Iterator[NetworkCase]:
     import timm
 
     for module, (name, size, options) in _TIMM.items():
         make = functools.partial(timm.create_model, name, pretrained=False, **options)
-        yield Case("timm", module, make, images(size, number=1 if size > 100 and module not in _BATCH_NORM_1D else 2))
+        yield NetworkCase(
+            "timm", module, make, images(size, number=1 if size > 100 and module not in _BATCH_NORM_1D else 2)
+        )
 
 
 def timm_modules() -> set[str]:
@@ -321,61 +323,61 @@ _DIFFUSERS: dict[str, tuple[str, dict[str, Any], Callable[[], Any]]] = {  # name
         "UNet2DModel",
         {"sample_size": 16, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
          "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 4, **_BLOCKS},
-        lambda: given(torch.rand(1, 3, 16, 16), 3, return_dict=False),
+        lambda: inputs_of(torch.rand(1, 3, 16, 16), 3, return_dict=False),
     ),
     "UNet2DConditionModel": (
         "UNet2DConditionModel",
         {"sample_size": 16, "out_channels": 4, "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
          **_BLOCKS, **_CROSS},
-        lambda: given(torch.rand(1, 4, 16, 16), 3, torch.rand(1, 5, 8)),
+        lambda: inputs_of(torch.rand(1, 4, 16, 16), 3, torch.rand(1, 5, 8)),
     ),
     "ControlNetModel": (
         "ControlNetModel",
         {"conditioning_embedding_out_channels": (8, 16), **_BLOCKS, **_CROSS},
-        lambda: given(torch.rand(1, 4, 16, 16), 3, torch.rand(1, 5, 8), torch.rand(1, 3, 32, 32)),
+        lambda: inputs_of(torch.rand(1, 4, 16, 16), 3, torch.rand(1, 5, 8), torch.rand(1, 3, 32, 32)),
     ),
     "AutoencoderKL": (
         "AutoencoderKL",
         {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
          "latent_channels": 4, "sample_size": 16, **_BLOCKS},
-        lambda: given(torch.rand(1, 3, 16, 16)),
+        lambda: inputs_of(torch.rand(1, 3, 16, 16)),
     ),
     "AutoencoderTiny": (
         "AutoencoderTiny",
         {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1),
          "num_decoder_blocks": (1, 1)},
-        lambda: given(torch.rand(1, 3, 16, 16)),
+        lambda: inputs_of(torch.rand(1, 3, 16, 16)),
     ),
     "VQModel": (
         "VQModel",
         {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
          "num_vq_embeddings": 16, **_BLOCKS},
-        lambda: given(torch.rand(1, 3, 16, 16)),
+        lambda: inputs_of(torch.rand(1, 3, 16, 16)),
     ),
     "DiTTransformer2DModel": (
         "DiTTransformer2DModel",
         {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 2, "sample_size": 8,
          "norm_num_groups": 4, "num_embeds_ada_norm": 10},
-        lambda: given(torch.rand(1, 4, 8, 8), torch.tensor([3]), torch.tensor([1])),
+        lambda: inputs_of(torch.rand(1, 4, 8, 8), torch.tensor([3]), torch.tensor([1])),
     ),
     "SD3Transformer2DModel": (
         "SD3Transformer2DModel",
         {"sample_size": 16, "patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 8,
          "num_attention_heads": 2, "joint_attention_dim": 16, "caption_projection_dim": 16, "pooled_projection_dim": 16,
          "out_channels": 4, "pos_embed_max_size": 16},
-        lambda: given(torch.rand(1, 4, 16, 16), torch.rand(1, 5, 16), torch.rand(1, 16), torch.tensor([3])),
+        lambda: inputs_of(torch.rand(1, 4, 16, 16), torch.rand(1, 5, 16), torch.rand(1, 16), torch.tensor([3])),
     ),
 }  # fmt: skip
 
 
-def _diffusers() -> Iterator[Case]:
+def _diffusers() -> Iterator[NetworkCase]:
     def make(kind: str, options: dict[str, Any]) -> nn.Module:
         import diffusers
 
         return getattr(diffusers, kind)(**options)  # type: ignore[no-any-return]
 
     for name, (kind, options, inputs) in _DIFFUSERS.items():
-        yield Case("diffusers", name, functools.partial(make, kind, options), inputs)
+        yield NetworkCase("diffusers", name, functools.partial(make, kind, options), inputs)
 
 
 # --- transformers -------------------------------------------------------------------------------------------------
@@ -393,11 +395,11 @@ _STAGES: dict[str, Any] = {"hidden_sizes": [8, 16], "depths": [1, 1]}
 
 
 def _words(**more: Any) -> Callable[[], Any]:
-    return lambda: given(input_ids=torch.randint(2, 30, (2, 6)), **more)
+    return lambda: inputs_of(input_ids=torch.randint(2, 30, (2, 6)), **more)
 
 
 def _waves() -> Any:
-    return given(torch.randn(1, 400))
+    return inputs_of(torch.randn(1, 400))
 
 
 _TRANSFORMERS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
@@ -406,7 +408,7 @@ _TRANSFORMERS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "GPT2": ({"vocab_size": 30, "n_embd": 16, "n_layer": 2, "n_head": 2}, _words(use_cache=False)),
     "T5": (
         {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
-        lambda: given(input_ids=torch.randint(2, 30, (2, 6)), decoder_input_ids=torch.ones(2, 4, dtype=torch.long),
+        lambda: inputs_of(input_ids=torch.randint(2, 30, (2, 6)), decoder_input_ids=torch.ones(2, 4, dtype=torch.long),
                       use_cache=False),
     ),
     "Mixtral": ({**_TEXT, "num_key_value_heads": 1, "num_local_experts": 2}, _words(use_cache=False)),
@@ -425,12 +427,12 @@ _TRANSFORMERS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "Hubert": (_SPEECH, _waves),
     "CLIP": (
         {"text_config": {**_TEXT, "eos_token_id": 29}, "vision_config": _VISION, "projection_dim": 16},
-        lambda: given(input_ids=torch.randint(2, 29, (2, 6)), pixel_values=torch.rand(2, 3, 32, 32)),
+        lambda: inputs_of(input_ids=torch.randint(2, 29, (2, 6)), pixel_values=torch.rand(2, 3, 32, 32)),
     ),
 }  # fmt: skip
 
 
-def _transformers() -> Iterator[Case]:
+def _transformers() -> Iterator[NetworkCase]:
     def make(name: str, options: dict[str, Any]) -> nn.Module:
         import transformers
 
@@ -438,18 +440,24 @@ def _transformers() -> Iterator[Case]:
         return getattr(transformers, f"{name}Model")(config)  # type: ignore[no-any-return]
 
     for name, (options, inputs) in _TRANSFORMERS.items():
-        yield Case("transformers", name, functools.partial(make, name, options), inputs)
+        yield NetworkCase("transformers", name, functools.partial(make, name, options), inputs)
 
 
 # --- spandrel -----------------------------------------------------------------------------------------------------
 
 
-def _spandrel() -> Iterator[Case]:
+def _spandrel() -> Iterator[NetworkCase]:
+    def made(name: str) -> nn.Module:
+        return zoo.build(name)[0]
+
+    def taken(name: str) -> Any:
+        return inputs_of(*zoo.build(name)[1])
+
     for name in zoo.ARCHITECTURES:
-        yield Case("spandrel", name, lambda name=name: zoo.build(name)[0], lambda name=name: given(*zoo.build(name)[1]))
+        yield NetworkCase("spandrel", name, functools.partial(made, name), functools.partial(taken, name))
 
 
-_OF: dict[str, Callable[[], Iterator[Case]]] = {
+_OF: dict[str, Callable[[], Iterator[NetworkCase]]] = {
     "torch": _torch, "torchvision": _torchvision, "timm": _timm, "diffusers": _diffusers,
     "transformers": _transformers, "spandrel": _spandrel,
 }  # fmt: skip

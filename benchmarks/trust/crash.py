@@ -33,7 +33,7 @@ from common import Section
 from torch import nn
 
 import convlora
-from benchmarks.trust import ROOT, environment, seeds
+from benchmarks.trust import ROOT, corpus, environment
 from convlora import Adapter, ConvLoRAError, formats
 
 Result = dict[str, int]
@@ -80,9 +80,9 @@ class Place:
         self.folder.mkdir()
         self.file = self.folder / "rain.safetensors"
         base = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3))
-        self.models = [seeds.adapted(base, "*", rank=rank) for rank in (2, 16)]  # of different lengths
+        self.models = [corpus.adapted(base, "*", rank=rank) for rank in (2, 16)]  # of different lengths
         self.adapters = [convlora.adapter(model) for model in self.models]
-        self.locons = [convlora.adapter(seeds.adapted(base, "*", rank=rank, factors="locon")) for rank in (2, 16)]
+        self.locons = [convlora.adapter(corpus.adapted(base, "*", rank=rank, factors="locon")) for rank in (2, 16)]
         self.contents = []
         for model in self.models:
             convlora.save(model, self.file)
@@ -356,7 +356,7 @@ def callers(count: int, seed: int = 0) -> Result:
     """
     torch.manual_seed(seed)
     base = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(8))).eval()
-    model = seeds.adapted(seeds.adapted(base, "*", rank=2, name="a"), "*", rank=2, name="b")
+    model = corpus.adapted(corpus.adapted(base, "*", rank=2, name="a"), "*", rank=2, name="b")
     x, expected = torch.randn(1, 8, 12, 12), []
     with torch.no_grad():
         expected = [convlora.activate(model, choice)(x) for choice in CHOICES]

@@ -18,7 +18,7 @@ LAYERS = ("stem", "mid", "up", "head")  # each once, in the order of the network
 NORM = "norm"  # after the stem, in some networks: keeps statistics
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 ALIASES = {"mid": "again"}
-FEATURES = (1, 3, 4, 4)
+INPUT_SHAPE = (1, 3, 4, 4)
 EPS = 1e-5  # of the norm
 
 Apply = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -31,7 +31,7 @@ APPLY: tuple[tuple[str, Apply], ...] = (
 )
 
 
-class Net(nn.Module):
+class OracleNet(nn.Module):
     """A convolution, a grouped one at two places, a transposed one and a Linear; `head.bias` the user has frozen.
 
     `normed`: with a BatchNorm that is in use.
@@ -58,7 +58,7 @@ class Net(nn.Module):
 
 
 @dataclass(frozen=True)
-class Change:
+class UpdateSize:
     """What the rounding of one update depends on: `gain·Σ|b||a|` per element, the number of products, |gain|, dtype."""
 
     size: Tensor
@@ -67,8 +67,8 @@ class Change:
     dtype: torch.dtype
 
 
-def rounding(
-    weight: Tensor, fused: Tensor, changes: Sequence[Change], dtype: torch.dtype, exact: bool = False
+def rounding_bound(
+    weight: Tensor, fused: Tensor, changes: Sequence[UpdateSize], dtype: torch.dtype, exact: bool = False
 ) -> Tensor:
     """How far the fused weight of the library may be from the exact `fused`, element by element, float64.
 
@@ -93,7 +93,7 @@ def rounding(
 
 
 @dataclass
-class Part:
+class LayerFactors:
     """An adapter on one layer: its factors as they must be, bit for bit."""
 
     tensors: dict[str, Tensor]
@@ -129,7 +129,7 @@ class Copies:
         return set(self.tensors) <= {*STATISTICS}
 
 
-Held = dict[str, "Part | Copies"]  # layer or module -> what an adapter has of it
+Held = dict[str, "LayerFactors | Copies"]  # layer or module -> what an adapter has of it
 
 
 @dataclass
@@ -167,9 +167,9 @@ class Oracle:
         """The adapters on a layer or module."""
         return [name for name, parts in self.adapters.items() if layer in parts]
 
-    def acting(self, layer: str, kind: str) -> list[tuple[float, Part]]:
+    def acting(self, layer: str, kind: str) -> list[tuple[float, LayerFactors]]:
         held = [(self.active[name], self.adapters[name][layer]) for name in self.on(layer) if name in self.active]
-        found = [(s, part) for s, part in held if isinstance(part, Part)]
+        found = [(s, part) for s, part in held if isinstance(part, LayerFactors)]
         return found if kind == "weight" else [(s, part) for s, part in found if "lora_bias" in part.tensors]
 
     def copies(self, layer: str, kind: str) -> list[tuple[float, Tensor]]:
@@ -212,7 +212,7 @@ class Oracle:
         self.base = {layer: cast(kinds, dtype) for layer, kinds in self.base.items()}
         for parts in self.adapters.values():
             for part in parts.values():
-                part.tensors = cast(part.tensors, wide if isinstance(part, Part) else dtype)
+                part.tensors = cast(part.tensors, wide if isinstance(part, LayerFactors) else dtype)
         self.dtype = dtype
 
     def effective(self, layer: str, kind: str) -> tuple[Tensor, Tensor]:
@@ -226,16 +226,16 @@ class Oracle:
         for strength, part in self.acting(layer, kind):
             if kind == "weight":
                 change, size = part.delta(layer).view_as(base), part.delta(layer, absolute=True).view_as(base)
-                changes.append(Change(abs(strength) * size, part.inner, abs(strength * part.scale), part.dtype))
+                changes.append(UpdateSize(abs(strength) * size, part.inner, abs(strength * part.scale), part.dtype))
             else:
                 change = part.tensors["lora_bias"].double()
-                changes.append(Change(abs(strength) * change.abs(), 1, abs(strength), part.dtype))
+                changes.append(UpdateSize(abs(strength) * change.abs(), 1, abs(strength), part.dtype))
             total = total + strength * change
         for strength, copy in copies:
             size = abs(strength) * (copy.double().abs() + base.abs())
-            changes.append(Change(size, 1, abs(strength), torch.promote_types(self.dtype, torch.float32)))
+            changes.append(UpdateSize(size, 1, abs(strength), torch.promote_types(self.dtype, torch.float32)))
             total = total + strength * (copy.double() - base)
-        return total, rounding(base, total, changes, self.dtype, self.exact)
+        return total, rounding_bound(base, total, changes, self.dtype, self.exact)
 
     def output(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the network gives, and how far rounding can take it from that: a running error analysis.
@@ -302,7 +302,7 @@ class Oracle:
                 wide = {n: part.tensors[n].double().requires_grad_() for n in own}
                 leaves |= {(adapter, layer, n): leaf for n, leaf in wide.items()}
                 if kind == "weight":
-                    change = Part(wide, part.scale).delta(layer).view_as(total)
+                    change = LayerFactors(wide, part.scale).delta(layer).view_as(total)
                 else:
                     change = wide.get("lora_bias", torch.zeros(()))
                 total = total + self.active[adapter] * change

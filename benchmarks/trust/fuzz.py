@@ -1,10 +1,10 @@
 """Hostile files: is each of them read correctly or refused, quickly, in little memory, and without a trace?
 
-Thousands of damaged files of every format (`mutate`, from the good ones of `seeds`) go through all that reads adapters.
-A case fails if anything but an adapter or a `ConvLoRAError` of one line comes out; if an adapter has other values than
-the file; if a refused call changed one bit, flag or class of a model; if anything was executed, or written; if a call
-took more than a second of CPU time, or the process grew by more than `allowed` bytes meanwhile. These two bounds do not
-hold for pickles: `torch.load` reads them, and its time and memory are what PyTorch takes.
+Thousands of files of every format (those of `corpus`, damaged by `mutate`) go through all that reads adapters. A case
+fails if anything but an adapter or a `ConvLoRAError` of one line comes out; if an adapter has other values than the
+file; if a refused call changed one bit, flag or class of a model; if anything was executed, or written; if a call took
+more than a second of CPU time, or the process grew by more than `allowed` bytes meanwhile. These two bounds do not hold
+for pickles: `torch.load` reads them, and its time and memory are what PyTorch takes.
 
 The cases run in a process of its own, so that a crash or a hang is one failed case, too. A case depends on nothing but
 the seed and its number: `python -m benchmarks.trust.fuzz SEED NUMBER` runs one again and shows what becomes of it.
@@ -37,7 +37,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 import convlora
-from benchmarks.trust import ROOT, environment, mutate, seeds
+from benchmarks.trust import ROOT, corpus, environment, mutate
 from benchmarks.trust.mutate import Files
 from convlora import Adapter, ConvLoRAError, formats
 
@@ -94,7 +94,7 @@ def allowed(case: Case) -> int:
 
 def case_of(seed: int, index: int, good: dict[str, list[tuple[str, Files]]], sentinel: Path) -> Case:
     """The case of a number: the formats take turns; large files come first."""
-    large = list(seeds.large().values()) if index < LARGE else []
+    large = list(corpus.large_files().values()) if index < LARGE else []
     if index < len(large):
         return Case(*large[index]())
     rng = random.Random(f"{seed} {index}")
@@ -112,25 +112,25 @@ class Trial:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.sentinel = folder / "executed"
-        self.good = seeds.seeds(seeds.network())
+        self.good = corpus.seed_files(corpus.network())
         self.watch = Watch()
         self.prepare()
 
     def prepare(self) -> None:
         """The models: a plain one, and for each format one with an adapter that its good files fit."""
-        self.base = seeds.network()
+        self.base = corpus.network()
         self.specs = formats.specs_of(self.base)
         self.hot = {kind: [self._hot(kind)] for kind in formats.FORMATS}
         for kind in ("convlora", "peft"):
-            self.hot[kind].append(self._hot(kind, modules_to_save=seeds.SAVED, moved=True))
+            self.hot[kind].append(self._hot(kind, modules_to_save=corpus.SAVED, moved=True))
         every = [model for models in self.hot.values() for model in models]
         self.kept = {id(model): convlora.adapter(model) for model in every}
         self.before = {id(model): snapshot(model) for model in (self.base, *every)}
 
     def _hot(self, kind: str, **options: Any) -> nn.Module:
         factors = "locon" if kind in ("peft", "locon") else "convlora"
-        targets = seeds.PLAIN if kind in ("peft", "locon") else "*" if kind == "convlora" else [*seeds.PLAIN, "body.1"]
-        return seeds.adapted(self.base, targets, rank=2, factors=factors, bias=kind == "convlora", **options)
+        targets = {"convlora": "*", "loralib": [*corpus.PLAIN, "body.1"]}.get(kind, corpus.PLAIN)
+        return corpus.adapted(self.base, targets, rank=2, factors=factors, bias=kind == "convlora", **options)
 
     def run(self, index: int, case: Case) -> Outcome:
         """Put one case through all that reads it."""
@@ -161,7 +161,7 @@ class Trial:
 
     def _calls(self, case: Case, place: Path) -> Iterator[tuple[str, Callable[[], Any], nn.Module | None]]:
         """Name, call, and the model that it loads the adapter onto, if it does."""
-        alpha: dict[str, Any] = {"alpha": seeds.ALPHA} if case.kind == "loralib" else {}
+        alpha: dict[str, Any] = {"alpha": corpus.ALPHA} if case.kind == "loralib" else {}
         options = {**alpha, "rank": 2} if alpha else {}
         kind, base, (hot, *whole), read = case.kind, self.base, self.hot[case.kind], formats.read
         if case.kind == "convlora":
@@ -248,7 +248,7 @@ def differences(adapter: Adapter, case: Case) -> list[str]:
             if not any(_holds(raw, f"{path}.{name}", tensor) for f, raw in case.files.items() if _is_packed(f)):
                 wrong.append(f"{path}.{name} is not the copy that the file holds")
     if case.kind == "convlora":
-        packed = mutate.Packed.of(case.files[case.name])
+        packed = mutate.SafetensorsParts.of(case.files[case.name])
         named = json.loads(dict(packed.metadata).get("modules", "{}"))
         lost = {p for p in {*named} - {*adapter.modules} if any(not _is_statistic(name) for name in named[p])}
         if lost or set(adapter.modules) - set(named):
@@ -285,7 +285,7 @@ def _content(name: str, raw: bytes) -> dict[str, tuple[str, bytes]]:
     if name.endswith(".json"):
         return {}
     if name.endswith(".safetensors"):
-        packed = mutate.Packed.of(raw)
+        packed = mutate.SafetensorsParts.of(raw)
         ends = {key: (entry["dtype"], entry["data_offsets"]) for key, entry in packed.entries}
         return {key: (dtype, packed.data[first:last]) for key, (dtype, (first, last)) in ends.items()}
     with warnings.catch_warnings():

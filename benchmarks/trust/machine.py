@@ -38,12 +38,12 @@ from oracle import bits, bytes_of, snapshot
 from torch import Tensor, nn
 
 import convlora
-from benchmarks.trust.dense import FEATURES, LAYERS, NORM, STATISTICS, Copies, Held, Net, Oracle, Part
+from benchmarks.trust.dense import INPUT_SHAPE, LAYERS, NORM, STATISTICS, Copies, Held, LayerFactors, Oracle, OracleNet
 from convlora.layer import forms
 from convlora.layer.slot import Slot
 
 NAMES = ("rain", "snow", "night")
-STOCK = Net(normed=True)
+STOCK = OracleNet(normed=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of a gradient, relative to the largest one of all factors; float64 bases have float32 factors.
 CLOSE_GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 4e-2, torch.float64: 1e-5}
@@ -87,11 +87,11 @@ class Lifecycle(RuleBasedStateMachine):
         torch.manual_seed(at)
         self.folder = Path(tempfile.mkdtemp())
         self.files: list[Saved] = []
-        self.model = Net(normed).to(dtype).eval()
+        self.model = OracleNet(normed).to(dtype).eval()
         self.oracle = Oracle(dtype)
         self.oracle.take_base(self.model.state_dict())
         self.oracle.frozen = {"head.bias"}
-        self.x = torch.randn(FEATURES, generator=self.random)
+        self.x = torch.randn(INPUT_SHAPE, generator=self.random)
         self.done["(lives)"] += 1
         self.done["(lives with a norm)"] += normed
         # So that there is a file to load from the first step on.
@@ -116,7 +116,7 @@ class Lifecycle(RuleBasedStateMachine):
         return model
 
     def fresh(self) -> nn.Module:
-        return Net(self.oracle.normed).to(self.oracle.dtype).eval()
+        return OracleNet(self.oracle.normed).to(self.oracle.dtype).eval()
 
     def factors(self, name: str) -> Iterator[tuple[str, str, Tensor]]:
         """(layer or module, tensor name, Parameter) of an adapter of the model."""
@@ -150,7 +150,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def base_of(self, parts: Held) -> str:
         digest = hashlib.sha256(str(self.oracle.dtype).encode())
-        for layer in sorted(layer for layer, own in parts.items() if isinstance(own, Part)):
+        for layer in sorted(layer for layer, own in parts.items() if isinstance(own, LayerFactors)):
             digest.update(layer.encode() + bytes_of(self.oracle.base[layer]["weight"]))
         return digest.hexdigest()
 
@@ -202,7 +202,7 @@ class Lifecycle(RuleBasedStateMachine):
             same(self(), before)  # else a copy that acted alone is mixed from now on, and close is all that holds
         assert parameter_ids(self.model).items() >= identities.items()
         scale = convlora.adapters(self.model)[name].scale(rank, rank if alpha is None else alpha)
-        parts: Held = {layer: Part({}, scale) for layer in LAYERS if layer in layers}
+        parts: Held = {layer: LayerFactors({}, scale) for layer in LAYERS if layer in layers}
         self.oracle.adapters[name] = parts
         self.take(name)
         for part in parts.values():
@@ -426,9 +426,22 @@ class Lifecycle(RuleBasedStateMachine):
     def load_base(self, at: int, assign: bool) -> None:
         torch.manual_seed(at)
         state = self.fresh().state_dict()
+        old = self.oracle.base
         self.model.load_state_dict(copy.deepcopy(state), strict=True, assign=assign)
         self.oracle.take_base(state)
+        self.follow_base(old)
         self.done["load a base checkpoint"] += 1
+
+    def follow_base(self, old: dict[str, dict[str, Tensor]]) -> None:
+        """Copies of which nothing was trained may start anew from another base; all others stay what they were."""
+        held = self.model.state_dict()
+        for name, parts in self.oracle.adapters.items():
+            for module, own in parts.items():
+                if isinstance(own, Copies) and all(equal(t, old[module][kind]) for kind, t in own.tensors.items()):
+                    found = {kind: held[f"{module}.convlora.{name}.{kind}"] for kind in own.tensors}
+                    new = self.oracle.base[module]
+                    if all(equal(t, new[kind]) for kind, t in found.items()):
+                        own.tensors.update({kind: t.clone() for kind, t in found.items()})
 
     @precondition(lambda self: self.oracle.adapters)
     @rule(dtype=st.sampled_from(DTYPES))
@@ -495,8 +508,8 @@ class Lifecycle(RuleBasedStateMachine):
         assert path.read_bytes() == written
         parts: Held = {}
         for layer, own in self.oracle.adapters[name].items():
-            if isinstance(own, Part):
-                parts[layer] = Part({n: t.float().clone() for n, t in own.tensors.items()}, own.scale)
+            if isinstance(own, LayerFactors):
+                parts[layer] = LayerFactors({n: t.float().clone() for n, t in own.tensors.items()}, own.scale)
             elif not own.is_optional or any(not t.equal(self.oracle.base[layer][n]) for n, t in own.tensors.items()):
                 parts[layer] = Copies({n: narrower(t).clone() for n, t in own.tensors.items()})
         self.files.append(Saved(path, parts, convlora.adapters(self.model)[name], self.base_of(parts)))
@@ -531,7 +544,7 @@ class Lifecycle(RuleBasedStateMachine):
             if isinstance(own, Copies):
                 kinds = self.oracle.base[layer]
             tensors = {n: t.to(kinds[n], copy=True) for n, t in own.tensors.items()}
-            parts[layer] = Part(tensors, own.scale) if isinstance(own, Part) else Copies(tensors)
+            parts[layer] = LayerFactors(tensors, own.scale) if isinstance(own, LayerFactors) else Copies(tensors)
         if NORM in old and NORM not in parts and isinstance(norm := old[NORM], Copies):
             parts[NORM] = Copies({n: self.oracle.base[NORM][n].clone() for n in norm.tensors}, norm.freezes)
         self.add_statistics(parts, file.config.norm_statistics)
@@ -716,6 +729,10 @@ def same(left: Tensor, right: Tensor, what: str = "values") -> None:
     assert left.dtype == right.dtype, f"{what}: {left.dtype} and {right.dtype}"
     if not torch.equal(left, right):
         raise AssertionError(f"{what} differ by {float((left - right).detach().double().abs().max()):g}")
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.double(), other.double())
 
 
 def narrower(tensor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import convlora
-from benchmarks.trust.catalogue import LEFT_OUT, Case, cases
+from benchmarks.trust.catalogue import LEFT_OUT, NetworkCase, network_cases
 from convlora.inspect.flow import nested_leaves
 from convlora.inspect.restored import restored
 from convlora.layer.adapted import Adapted, slot_of, why_not
@@ -45,7 +45,7 @@ STEPS = 3  # in train mode
 class Life:
     """What became of an adapter on one network: stage -> "ok", or what went wrong; `refused`: why there was none."""
 
-    case: Case
+    case: NetworkCase
     layers: int = 0
     refused: str = ""
     outcome: dict[str, str] = field(default_factory=dict)
@@ -67,12 +67,12 @@ class Life:
 
 def measure(count: int, seed: int = 0) -> Section:
     """The lives on at most `count` networks, drawn by `seed` if there are more."""
-    every = cases()
+    every = network_cases()
     drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:count]
     section = Section("Models of others", "", ("network", "layers", *STAGES, "audit"))
     lives = []
     for index in sorted(drawn.tolist()):
-        life = live(every[index])
+        life = life_on(every[index])
         lives.append(life)
         name = f"{life.case.library}: {life.case.name}"
         cells = [life.outcome.get(stage, "–") for stage in STAGES]
@@ -99,7 +99,7 @@ def measure(count: int, seed: int = 0) -> Section:
     return section
 
 
-def live(case: Case, factors: str = "convlora") -> Life:
+def life_on(case: NetworkCase, factors: str = "convlora") -> Life:
     """The life of an adapter on one network. Errors are caught and told."""
     life, start = Life(case), time.perf_counter()
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
@@ -120,7 +120,7 @@ def live(case: Case, factors: str = "convlora") -> Life:
 
 
 class _Trial:
-    def __init__(self, case: Case, factors: str, life: Life) -> None:
+    def __init__(self, case: NetworkCase, factors: str, life: Life) -> None:
         self.case, self.factors, self.life = case, factors, life
         self.base = case.build()
         self.exclude: tuple[str, ...] = ()
@@ -202,7 +202,7 @@ class _Trial:
         return convlora.inject(model, targets, rank=1, factors=self.factors, exclude=self.exclude)
 
     def audit(self, model: nn.Module) -> Any:
-        arguments, keywords = self.case.given()
+        arguments, keywords = self.case.seeded_inputs()
         return convlora.audit(model, *arguments, **keywords)
 
     def check(self, stage: str, holds: Callable[[], bool | str]) -> None:
@@ -229,7 +229,7 @@ class _Trial:
 
     def forward(self, model: nn.Module) -> list[Tensor]:
         """Seeded, and on inputs of its own: some networks draw noise, some write to their input."""
-        arguments, keywords = self.case.given()
+        arguments, keywords = self.case.seeded_inputs()
         return [leaf for leaf in nested_leaves(model(*arguments, **keywords)) if isinstance(leaf, Tensor)]
 
     def loss(self, model: nn.Module) -> Tensor:

@@ -122,7 +122,7 @@ def _replaced(rng: random.Random, value: Any) -> Any:
 
 
 @dataclass
-class Packed:
+class SafetensorsParts:
     """A safetensors file in parts: entries and metadata as lists, since hostile ones have keys twice."""
 
     entries: list[tuple[str, dict[str, Any]]]
@@ -130,7 +130,7 @@ class Packed:
     data: bytes
 
     @classmethod
-    def of(cls, raw: bytes) -> Packed:
+    def of(cls, raw: bytes) -> SafetensorsParts:
         start = 8 + int.from_bytes(raw[:8], "little")
         header = json.loads(raw[8:start])
         metadata = list(header.pop("__metadata__", {}).items())
@@ -151,7 +151,7 @@ class Packed:
         return [4, 8, 9, start - 1, start, *(start + end for end in ends)]
 
 
-def _offsets(rng: random.Random, packed: Packed) -> None:
+def _offsets(rng: random.Random, packed: SafetensorsParts) -> None:
     _, entry = rng.choice(packed.entries)
     first, last = entry["data_offsets"]
     other = rng.choice(packed.entries)[1]["data_offsets"]
@@ -163,12 +163,12 @@ def _offsets(rng: random.Random, packed: Packed) -> None:
     )  # fmt: skip
 
 
-def _dtype(rng: random.Random, packed: Packed) -> None:
+def _dtype(rng: random.Random, packed: SafetensorsParts) -> None:
     for _, entry in rng.sample(packed.entries, rng.choice((1, len(packed.entries)))):
         entry["dtype"] = rng.choice([*DTYPES, None, 3])
 
 
-def _shape(rng: random.Random, packed: Packed) -> None:
+def _shape(rng: random.Random, packed: SafetensorsParts) -> None:
     _, entry = rng.choice(packed.entries)
     shape = list(entry["shape"])
     at = rng.randrange(len(shape)) if shape else 0
@@ -181,7 +181,7 @@ def _shape(rng: random.Random, packed: Packed) -> None:
     )  # fmt: skip
 
 
-def _rename(rng: random.Random, packed: Packed) -> None:
+def _rename(rng: random.Random, packed: SafetensorsParts) -> None:
     at = rng.randrange(len(packed.entries))
     name, entry = packed.entries[at]
     other = rng.choice(packed.entries)[0]
@@ -190,7 +190,7 @@ def _rename(rng: random.Random, packed: Packed) -> None:
     packed.entries[at] = rng.choice([odd, other, f"{odd}.{tail}", f"{head}.{odd}", name.upper()]), entry
 
 
-def _twice(rng: random.Random, packed: Packed) -> None:
+def _twice(rng: random.Random, packed: SafetensorsParts) -> None:
     name, entry = rng.choice(packed.entries)
     if rng.random() < 0.5:
         packed.entries.insert(rng.randrange(len(packed.entries) + 1), (name, dict(entry)))
@@ -199,7 +199,7 @@ def _twice(rng: random.Random, packed: Packed) -> None:
         packed.metadata.append((key, rng.choice(packed.metadata)[1]))
 
 
-def _fewer(rng: random.Random, packed: Packed) -> None:
+def _fewer(rng: random.Random, packed: SafetensorsParts) -> None:
     """A tensor left out, with or without its bytes."""
     at = rng.randrange(len(packed.entries))
     if rng.random() < 0.7:
@@ -208,7 +208,7 @@ def _fewer(rng: random.Random, packed: Packed) -> None:
         del packed.entries[at]
 
 
-def _more(rng: random.Random, packed: Packed) -> None:
+def _more(rng: random.Random, packed: SafetensorsParts) -> None:
     """A tensor more, at the end of the data."""
     name = rng.choice([rng.choice(NAMES), rng.choice(packed.entries)[0] + rng.choice(("x", ".weight", ".alpha"))])
     dtype = rng.choice(tuple(SIZES))
@@ -219,7 +219,7 @@ def _more(rng: random.Random, packed: Packed) -> None:
     packed.data += rng.randbytes(size)
 
 
-def _empty(rng: random.Random, packed: Packed) -> None:
+def _empty(rng: random.Random, packed: SafetensorsParts) -> None:
     """A tensor of no elements in place of one of some."""
     at = rng.randrange(len(packed.entries))
     name, entry = packed.entries[at]
@@ -229,7 +229,7 @@ def _empty(rng: random.Random, packed: Packed) -> None:
     packed.entries.append((name, {**entry, "shape": shape, "data_offsets": [len(packed.data)] * 2}))
 
 
-def _without(packed: Packed, at: int) -> None:
+def _without(packed: SafetensorsParts, at: int) -> None:
     first, last = packed.entries.pop(at)[1]["data_offsets"]
     packed.data = packed.data[:first] + packed.data[last:]
     for _, other in packed.entries:
@@ -237,7 +237,7 @@ def _without(packed: Packed, at: int) -> None:
             other["data_offsets"] = [place - (last - first) for place in other["data_offsets"]]
 
 
-def _values(rng: random.Random, packed: Packed) -> None:
+def _values(rng: random.Random, packed: SafetensorsParts) -> None:
     """NaN, infinity, the largest and the smallest numbers."""
     _, entry = rng.choice(packed.entries)
     first, last = entry["data_offsets"]
@@ -251,7 +251,7 @@ def _values(rng: random.Random, packed: Packed) -> None:
         packed.data = packed.data[:at] + piece + packed.data[at + len(piece) :]
 
 
-def _metadata(rng: random.Random, packed: Packed) -> None:
+def _metadata(rng: random.Random, packed: SafetensorsParts) -> None:
     if not packed.metadata or rng.random() < 0.1:
         packed.metadata.append(
             (rng.choice(("format", "convlora.layers", *NAMES)), rng.choice(("pt", "convlora", "{}")))
@@ -270,17 +270,17 @@ def _metadata(rng: random.Random, packed: Packed) -> None:
         packed.metadata[at] = key, damaged_json(rng, value)
 
 
-def _shuffle(rng: random.Random, packed: Packed) -> None:
+def _shuffle(rng: random.Random, packed: SafetensorsParts) -> None:
     rng.shuffle(packed.entries)
 
 
-STRUCTURAL: tuple[Callable[[random.Random, Packed], None], ...] = (
+STRUCTURAL: tuple[Callable[[random.Random, SafetensorsParts], None], ...] = (
     _offsets, _dtype, _shape, _rename, _twice, _fewer, _more, _empty, _values, _metadata, _metadata, _metadata,
     _shuffle,
 )  # fmt: skip
 
 
-def _repaired(packed: Packed) -> None:
+def repair_checksum(packed: SafetensorsParts) -> None:
     """The checksum of a native file made right, as by somebody who knows the format."""
     from safetensors.torch import load
 
@@ -292,7 +292,7 @@ def _repaired(packed: Packed) -> None:
 def damaged_safetensors(rng: random.Random, raw: bytes) -> bytes:
     """A safetensors file with something wrong: as bytes, in its header, in its metadata or in its values."""
     way = rng.random()
-    packed = Packed.of(raw)
+    packed = SafetensorsParts.of(raw)
     if way < 0.08:
         return flip(rng, raw)
     if way < 0.12:
@@ -314,7 +314,7 @@ def damaged_safetensors(rng: random.Random, raw: bytes) -> bytes:
             rng.choice(STRUCTURAL)(rng, packed)
     if any(k == "checksum" for k, _ in packed.metadata) and rng.random() < 0.8:
         try:
-            _repaired(packed)
+            repair_checksum(packed)
         except Exception:  # not a file with tensors any more
             return packed.pack()
     return packed.pack()
@@ -390,7 +390,7 @@ def hostile_pickles(sentinel: Path) -> dict[str, bytes]:
     }  # fmt: skip
 
 
-def zipped(records: list[tuple[str, bytes]], compress: bool = False) -> bytes:
+def zip_file(records: list[tuple[str, bytes]], compress: bool = False) -> bytes:
     """A zip file as `torch.save` lays it out."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
@@ -399,7 +399,7 @@ def zipped(records: list[tuple[str, bytes]], compress: bool = False) -> bytes:
     return buffer.getvalue()
 
 
-def records(raw: bytes) -> list[tuple[str, bytes]]:
+def zip_members(raw: bytes) -> list[tuple[str, bytes]]:
     """What a zip file holds."""
     with zipfile.ZipFile(io.BytesIO(raw)) as file:
         return [(info.filename, file.read(info)) for info in file.infolist()]
@@ -431,14 +431,14 @@ def damaged_pickle(rng: random.Random, raw: bytes, sentinel: Path) -> bytes:
         return (
             raw[:at] + rng.choice((b"\xff\xff\xff\xff", b"\0\0\0\x40", b"\0\0\0\0", rng.randbytes(4))) + raw[at + 4 :]
         )
-    parts = records(raw)
+    parts = zip_members(raw)
     at = rng.randrange(len(parts))
     name, data = parts[at]
     pickled = next(i for i, (name, _) in enumerate(parts) if name.endswith("data.pkl"))
     if way < 0.5:
-        return zipped(parts, compress=True)
+        return zip_file(parts, compress=True)
     if way < 0.53:  # some megabytes of zeros in some kilobytes
-        return zipped([(n, d if i == pickled else bytes(20 << 20)) for i, (n, d) in enumerate(parts)], compress=True)
+        return zip_file([(n, d if i == pickled else bytes(20 << 20)) for i, (n, d) in enumerate(parts)], compress=True)
     if way < 0.6:
         parts[at] = rng.choice(NAMES).encode("ascii", "replace").decode() or "x", data
     elif way < 0.65:
@@ -451,7 +451,7 @@ def damaged_pickle(rng: random.Random, raw: bytes, sentinel: Path) -> bytes:
         parts[pickled] = parts[pickled][0], flip(rng, parts[pickled][1])
     else:
         parts[pickled] = parts[pickled][0], splice(rng, parts[pickled][1])
-    return zipped(parts)
+    return zip_file(parts)
 
 
 def _places(raw: bytes, mark: bytes) -> list[int]:

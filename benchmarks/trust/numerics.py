@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 from common import Section
+from einops import rearrange
 from torch import Tensor, nn
 
 import convlora
 from benchmarks.trust import ROOT, environment
-from benchmarks.trust.dense import Change, rounding
+from benchmarks.trust.dense import UpdateSize, rounding_bound
 from convlora.layer.adapted import weight_spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +40,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
-class Errors:
+class MergeErrors:
     """What was seen of one dtype, and of one way to merge."""
 
     layers: int = 0
@@ -48,7 +49,7 @@ class Errors:
     within_one_ulp: int = 0
     ulp: float = 0.0  # largest error in units in the last place of the element itself
     layer_ulp: float = 0.0  # largest error in those of the layer's largest element
-    of_bound: float = 0.0  # largest error over what `rounding` allows
+    of_bound: float = 0.0  # largest error over what `rounding_bound` allows
     moved: int = 0  # layers whose merged weight is not bitwise that before
 
 
@@ -89,7 +90,7 @@ def random_layer(choose: random.Random, dtype: torch.dtype) -> Any:
     return layer
 
 
-def exactly(layer: Any) -> tuple[Any, Tensor, list[Change]]:
+def fused_exactly(layer: Any) -> tuple[Any, Tensor, list[UpdateSize]]:
     """`W + Σ strength·ΔW` of an adapted layer in numpy's longdouble, by definition; W; what rounding depends on."""
     spec = weight_spec(layer)
     base = layer._parameters["weight"].detach()
@@ -101,16 +102,13 @@ def exactly(layer: Any) -> tuple[Any, Tensor, list[Change]]:
         update, size = (_as_stored((q @ p).astype(np.longdouble), spec) for p, q in ((a, b), (np.abs(a), np.abs(b))))
         total = total + np.longdouble(low_rank.strength) * np.longdouble(low_rank.scale) * update
         sizes = torch.from_numpy(size.astype(np.float64)) * abs(gain)
-        changes.append(Change(sizes, a.shape[0], abs(gain), torch.float32))
+        changes.append(UpdateSize(sizes, a.shape[0], abs(gain), torch.float32))
     return total, base, changes
 
 
 def _as_stored(update: Any, spec: Any) -> Any:
     conv = update.reshape(spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
-    if not spec.transposed:
-        return conv
-    split = conv.reshape(spec.groups, -1, *conv.shape[1:])  # (groups, out/groups, in/groups, *kernel)
-    return split.swapaxes(1, 2).reshape(spec.shape)
+    return rearrange(conv, "(g o) i ... -> (g i) o ...", g=spec.groups) if spec.transposed else conv
 
 
 def ulps(values: Any, dtype: torch.dtype) -> Any:
@@ -120,33 +118,33 @@ def ulps(values: Any, dtype: torch.dtype) -> Any:
     return np.ldexp(np.longdouble(info.eps), exponent - 1)
 
 
-def nearest(values: Any, dtype: torch.dtype) -> Any:
+def rounded_to_nearest(values: Any, dtype: torch.dtype) -> Any:
     """Values of longdouble rounded once to a dtype, ties to even, as longdouble."""
     ulp = ulps(values, dtype)
     rounded = np.rint(values / ulp) * ulp
     return np.where(np.abs(rounded) > torch.finfo(dtype).max, np.copysign(np.inf, rounded), rounded)
 
 
-def compare(weight: Tensor, layer: Any, exact: bool, seen: Errors) -> None:
+def compare(weight: Tensor, layer: Any, exact: bool, seen: MergeErrors) -> None:
     """Add the error of a merged weight to what was seen."""
-    expected, base, changes = exactly(layer)
+    expected, base, changes = fused_exactly(layer)
     got = weight.detach().double().numpy().astype(np.longdouble)
     error = np.abs(got - expected)
     ulp = ulps(expected, weight.dtype)
     in_double = torch.from_numpy(expected.astype(np.float64))
-    bound = rounding(base.double(), in_double, changes, weight.dtype, exact).numpy()
+    bound = rounding_bound(base.double(), in_double, changes, weight.dtype, exact).numpy()
     seen.layers += 1
     seen.elements += got.size
-    seen.correctly_rounded += int((got == nearest(expected, weight.dtype)).sum())
+    seen.correctly_rounded += int((got == rounded_to_nearest(expected, weight.dtype)).sum())
     seen.within_one_ulp += int((error <= ulp).sum())
     seen.ulp = max(seen.ulp, float((error / ulp).max()))
     seen.layer_ulp = max(seen.layer_ulp, float(error.max() / ulps(np.abs(expected).max(), weight.dtype)))
     seen.of_bound = max(seen.of_bound, float((error / bound).max()))
 
 
-def merge_errors(layers: int, seed: int = 0) -> dict[tuple[torch.dtype, bool], Errors]:
+def merge_errors(layers: int, seed: int = 0) -> dict[tuple[torch.dtype, bool], MergeErrors]:
     """By (dtype, exact), over a number of layers each."""
-    found = {(dtype, exact): Errors() for dtype in DTYPES for exact in (False, True)}
+    found = {(dtype, exact): MergeErrors() for dtype in DTYPES for exact in (False, True)}
     for dtype in DTYPES:
         choose = random.Random(seed)
         torch.manual_seed(seed)
@@ -267,7 +265,7 @@ EXTREMES: dict[str, Callable[[], Any]] = {
 }
 
 
-def extreme(name: str) -> str | None:
+def fault_at_extreme(name: str) -> str | None:
     """What went wrong at an extreme; None if nothing did.
 
     Both merges are within their bounds, unmerging brings back the bits, training from there gives finite gradients.
@@ -276,7 +274,7 @@ def extreme(name: str) -> str | None:
     layer = EXTREMES[name]()
     live = layer.weight.detach().clone()
     for exact in (False, True):
-        seen = Errors()
+        seen = MergeErrors()
         compare(convlora.merge(layer, exact=exact).weight, layer, exact, seen)
         if not seen.of_bound <= 1:
             return f"error over bound {seen.of_bound:g} (exact={exact})"
@@ -290,7 +288,7 @@ def extreme(name: str) -> str | None:
     return None
 
 
-def overflow(dtype: torch.dtype) -> str | None:
+def fault_at_overflow(dtype: torch.dtype) -> str | None:
     """A fused weight that overflows is refused, and nothing is changed."""
     torch.manual_seed(0)
     layer = _scaled(_layer(_conv, dtype), 1e3 if dtype == torch.float16 else 1e19)
@@ -334,15 +332,15 @@ def _trained_file(seed: int, factors: str, dtype: torch.dtype) -> str:
         return hashlib.sha256(Path(f"{folder}/a.safetensors").read_bytes()).hexdigest()
 
 
-def elsewhere(seed: int, hash_seed: int) -> list[str]:
-    """The files of `here`, made by another process."""
-    code = f"from benchmarks.trust import numerics; print(*numerics.here({seed}))"
+def file_hashes_of_new_process(seed: int, hash_seed: int) -> list[str]:
+    """The files of `file_hashes`, made by another process."""
+    code = f"from benchmarks.trust import numerics; print(*numerics.file_hashes({seed}))"
     settings = environment(PYTHONHASHSEED=str(hash_seed))
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=ROOT, env=settings, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
 
 
-def here(seed: int) -> list[str]:
+def file_hashes(seed: int) -> list[str]:
     """The files of a seed, for both factorizations and two dtypes."""
     return [trained_file(seed, factors, dtype) for factors in ("convlora", "locon") for dtype in DTYPES[:2]]
 
@@ -379,11 +377,11 @@ def measure(count: int, seed: int = 0) -> Section:
     add("bfloat16 base, float32 factors: movement lost", steps, f"{small.error:.2%}", "< 2 %", small.error < 0.02)
     add("  kept with bfloat16 factors", steps, f"{small.in_bfloat16:.2%}", "stated", True)
     add("  fused weights that follow", steps, f"{small.weights_moved:.2%}", "100 %", small.weights_moved == 1)
-    wrong_at = {name: problem for name in EXTREMES if (problem := extreme(name))}
-    wrong_at |= {f"overflow in {d}": problem for d in DTYPES if (problem := overflow(d))}
+    wrong_at = {name: problem for name in EXTREMES if (problem := fault_at_extreme(name))}
+    wrong_at |= {f"overflow in {d}": problem for d in DTYPES if (problem := fault_at_overflow(d))}
     said = "; ".join(f"{name}: {problem}" for name, problem in wrong_at.items()) or "as it should be"
     add("extremes", f"{len(EXTREMES) + len(DTYPES)} layers", said, "as it should be", not wrong_at)
-    files = [here(seed), here(seed), elsewhere(seed, 1), elsewhere(seed, 2)]
+    files = [file_hashes(seed) for _ in range(2)] + [file_hashes_of_new_process(seed, other) for other in (1, 2)]
     alike = all(file == files[0] for file in files)
     add("same seed, same file", "4 files, 3 processes", "bitwise" if alike else "differ", "bitwise", alike)
     section.note = (

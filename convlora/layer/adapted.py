@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
 from convlora.layer.context import Choice, choosing
-from convlora.layer.copies import TensorCopies
+from convlora.layer.copies import TensorCopies, own_tensors
 from convlora.layer.forms import training_form_of
 from convlora.layer.loading import AdapterTensors
 from convlora.layer.sharded import is_managed, is_shard_root, is_sharded
@@ -74,6 +74,18 @@ def _declared_shape(layer: Any) -> tuple[int, ...]:
     pair = (layer.out_channels, layer.in_channels)
     first, second = reversed(pair) if isinstance(layer, _TRANSPOSED) else pair
     return int(first), int(second // layer.groups), *map(int, layer.kernel_size)
+
+
+def declare_shape(module: nn.Module) -> None:
+    """Let the attributes of a layer say the shape that its weight has; of another module there are none to tell."""
+    layer: Any = module
+    if isinstance(module, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(module, _BASES):
+        first, second, *kernel = layer.weight.shape
+        pair = (first, second * layer.groups)
+        layer.out_channels, layer.in_channels = reversed(pair) if isinstance(module, _TRANSPOSED) else pair
+        layer.kernel_size = tuple(kernel)
 
 
 def weight_spec(layer: Any) -> WeightSpec:
@@ -235,8 +247,7 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
             "_convlora_shape": shape,
         }
         if not set(names) - {*_FACTORED}:
-            # FSDP2 has a quick path for modules without
-            del body["__setattr__"], body["_load_from_state_dict"]
+            del body["__setattr__"]  # FSDP2 has a quick path for modules without
         if hasattr(base, "reset_parameters"):
             body["reset_parameters"] = _reset_parameters
         if freezes:
@@ -252,18 +263,22 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
     return made  # type: ignore[no-any-return]
 
 
+def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    """A base checkpoint that comes after `inject` reaches the copies, too, while nothing was trained."""
+    slot = slot_of(self)
+    with choosing([slot], Choice({})):  # what `assign=True` assigns is the base's
+        self._convlora_base._load_from_state_dict(self, state_dict, prefix, *rest)
+    for name, copies in slot.copies().items():
+        if not any(key.startswith(f"{prefix}{CHILD}.{name}.") for key in state_dict):
+            copies.follow_base(own_tensors(self))
+
+
 def _setattr(self: Any, name: str, value: Any) -> None:
     """A module that assigns a buffer, rather than writing into it, moves the copy, too."""
     if name in self._buffers and isinstance(value, Tensor) and (copies := slot_of(self).own_buffer(name)) is not None:
         copies._buffers[name] = value
     else:
         self._convlora_base.__setattr__(self, name, value)
-
-
-def _load_from_state_dict(self: Any, *arguments: Any) -> None:
-    """A base checkpoint is the base's, also where `assign=True` lets it assign buffers."""
-    with choosing([slot_of(self)], Choice({})):
-        self._convlora_base._load_from_state_dict(self, *arguments)
 
 
 def _reads_training(self: Any) -> bool:

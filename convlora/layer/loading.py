@@ -19,10 +19,15 @@ class AdapterTensors(nn.Module):
 
     config: AdapterConfig
     strength: float
+    was_loaded = False  # whether the last checkpoint that was loaded had its tensors
 
     def tensor_names(self) -> Iterable[str]:
         """The names of its tensors in a checkpoint."""
         raise NotImplementedError
+
+    def updates(self, kind: str) -> bool:
+        """Whether it adds something to the weight, or to the bias."""
+        return False
 
     def set_strength(self, strength: float) -> None:
         raise NotImplementedError
@@ -43,7 +48,8 @@ class AdapterTensors(nn.Module):
         own = [prefix + name for name in self.tensor_names()]
         passed_over = _loading.of(missing_keys).setdefault(self.config.name, ([], []))
         found, absent = passed_over
-        if any(key in state_dict for key in own):
+        self.was_loaded = any(key in state_dict for key in own)
+        if self.was_loaded:
             found.append(prefix)
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

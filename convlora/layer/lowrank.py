@@ -60,6 +60,10 @@ class LowRank(AdapterTensors):
         """Whether it has an update of the weight, or of the bias."""
         return kind == "weight" or self._has_bias
 
+    def drops(self) -> bool:
+        """Whether calling it drops rank components, other ones each time."""
+        return self.training and self.config.rank_dropout > 0
+
     @property
     def scale(self) -> float:
         return self.config.scale(self.rank, self.alpha)
@@ -104,7 +108,8 @@ class LowRank(AdapterTensors):
             assert self._bias_gain is not None
             return self.lora_bias * (self._bias_gain if strength is None else strength)
         factors = {name: getattr(self, name) for name in self._tensors}  # no parameters in DataParallel's replicas
-        if self.training and dropout and (p := self.config.rank_dropout) > 0:
+        if dropout and self.drops():
+            p = self.config.rank_dropout
             kept = torch.rand(self.rank, dtype=torch.float32, device=self._gain.device) >= p
             keep = kept.to(self._gain.dtype) / (1 - p)
             factors = self.factorization.drop(factors, keep)

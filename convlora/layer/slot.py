@@ -59,6 +59,9 @@ class Slot(nn.Module):
     def names(self) -> list[str]:
         return list(self._modules)
 
+    def entries(self) -> list[AdapterTensors]:
+        return list(self._modules.values())  # type: ignore[arg-type]
+
     def low_ranks(self) -> dict[str, LowRank]:
         """Adapter name -> factors, of those that update this layer."""
         return {name: entry for name, entry in self._modules.items() if isinstance(entry, LowRank)}
@@ -107,22 +110,30 @@ class Slot(nn.Module):
     # --- what acts
 
     def effective(self, base: Any, kind: str, training: bool = False) -> Any:
-        """The base tensor of a name with the adapters that act for the caller; `base` itself if none acts on it."""
+        """The base tensor of a name with the adapters that act for the caller; `base` itself if none acts on it.
+
+        `training`: as its module reads it in train mode, with rank dropout and statistics that move.
+        """
         if self.has_copies and (copies := self._acting_copies(kind)):
             return self._with_copies(base, kind, training, copies)
         if torch.compiler.is_compiling():
             refuse_choice_in_graph(self)
             return self._in_graph(base, kind)
         if self.choices and (choice := chosen(self)) is not None:
+            if choice.rows is not None and training and any(kind in entry._buffers for entry in self.copies().values()):
+                raise ConvLoRAError("per_sample: running statistics would move in train mode; model.eval() first")
             if choice.rows is not None and not self.low_ranks():
                 return base  # a module that adapters only copy: `per_sample` refuses copies that have moved
             strengths = self.acting() if choice.rows is None else self._of_row()  # summed in the order of `activate`
             acting = self._acting(strengths, kind)
-            return self._live(base, f"{kind} {strengths}", acting, kind) if acting else base
+            return self._live(base, f"{kind} {strengths}", acting, kind, training) if acting else base
         if self.merged:
             return self._merged(base, kind)
-        acting = self._acting(self.strengths(), kind)
-        return self._live(base, kind, acting, kind) if acting else base
+        if not self.active:
+            return base
+        entries: Any = [self._modules[name] for name in self.active]
+        live = [(entry, entry.strength) for entry in entries if entry.updates(kind)]
+        return self._live(base, kind, live, kind, training) if live else base
 
     def acting(self) -> dict[str, float]:
         """Adapter name -> strength, of those that act for the caller."""
@@ -205,7 +216,7 @@ class Slot(nn.Module):
             raise ConvLoRAError(f"'{kind}' has another shape than the base's: its copy acts at strength 1 and alone")
         shares = [(entry, strengths[entry.config.name]) for entry in copies]
         if not merged:
-            return self._compose(base, kind, updates, shares)
+            return self._compose(base, kind, updates, shares, dropout=training)
         with torch.no_grad():
             return self._compose(base, kind, updates, shares, dropout=False, exact=self._exact)
 
@@ -274,29 +285,35 @@ class Slot(nn.Module):
                 return self._compose(base, kind, acting, dropout=False, exact=self._exact)
         return self._form(base, kind, acting, kind, merged=True).value
 
-    def _live(self, base: Tensor, key: str, acting: Acting, kind: str) -> Tensor:
+    def _live(self, base: Tensor, key: str, acting: Acting, kind: str, training: bool) -> Tensor:
         """The effective tensor of adapters that may be training; kept from one call to the next while nothing can.
 
         On a CPU only: factors are compared by value, since averages of weights are often written through `p.data`,
         which leaves no trace; elsewhere the comparison would wait for the device.
         """
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return self._compose(base, kind, acting)
+            return self._compose(base, kind, acting, dropout=training)
         if torch.is_grad_enabled():
             self._fused.clear()
+            return self._compose(base, kind, acting, dropout=training)
+        if training and any(low_rank.drops() for low_rank, _ in acting):
             return self._compose(base, kind, acting)
         formed = self._fused.get(key)
         if formed is not None and formed.stands_on(base) and formed.is_of(acting) and formed.has_values():
             return formed.value
         keeps_version = isinstance(base, nn.Parameter) and not base.is_inference()
-        if base.device.type != "cpu" or not keeps_version or not all(_is_still(low_rank) for low_rank, _ in acting):
-            return self._compose(base, kind, acting)
+        if (
+            base.device.type != "cpu"
+            or not keeps_version
+            or not all(_is_repeatable(low_rank) for low_rank, _ in acting)
+        ):
+            return self._compose(base, kind, acting, dropout=False)
         return self._form(base, key, acting, kind, merged=False).value
 
     def _form(self, base: Tensor, key: str, acting: Acting, kind: str, merged: bool) -> _Fused:
         # Entering inference_mode(False) switches gradients on: no_grad comes after it.
         with torch.inference_mode(False), torch.no_grad():
-            fused = self._compose(base, kind, acting, dropout=not merged, exact=merged and self._exact)
+            fused = self._compose(base, kind, acting, dropout=False, exact=merged and self._exact)
         formed = _Fused(fused, base, acting, keep_values=not merged)
         if type(fused) is Tensor:  # not one of a mode that only pretends to compute
             if len(self._fused) >= MOST_KEPT:
@@ -389,12 +406,11 @@ class _Fused:
         return True
 
 
-def _is_still(low_rank: LowRank) -> bool:
-    """Whether calling the module twice gives the same, and does nothing else: no dropout, no hooks."""
-    dropping = low_rank.training and low_rank.config.rank_dropout > 0
+def _is_repeatable(low_rank: LowRank) -> bool:
+    """Whether calling the module twice without dropout gives the same, and does nothing else: no hooks."""
     hooked = low_rank._forward_pre_hooks or low_rank._forward_hooks
     parameters = all(isinstance(p, nn.Parameter) and not p.is_inference() for p in low_rank.factors().values())
-    return type(low_rank) is LowRank and parameters and not (dropping or hooked)
+    return type(low_rank) is LowRank and parameters and not hooked
 
 
 _NOT_FORMED = _Fused.__new__(_Fused)  # a mark, without values

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
-from convlora.layer.adapted import effective_names, effective_tensor, peek_base_tensor
+from convlora.layer.adapted import declare_shape, effective_names, effective_tensor, peek_base_tensor
 from convlora.layer.copies import own_tensors
 from convlora.model.traversal import base_modules
 
@@ -27,6 +29,7 @@ def plan_baking(root: nn.Module, merged: Sequence[nn.Module]) -> list[Callable[[
                 values.setdefault(id(base), []).append((module, kind, base, value.detach()))
     steps: list[Callable[[], None]] = []
     untied = baked = 0
+    resized = [m for placed in values.values() for m, kind, base, v in placed if kind == "weight" and _differ(base, v)]
     for placed in values.values():
         _, _, base, value = placed[0]
         if isinstance(base, nn.Parameter) and len(placed) == owners[id(base)] and _is_one([v for *_, v in placed]):
@@ -49,7 +52,12 @@ def plan_baking(root: nn.Module, merged: Sequence[nn.Module]) -> list[Callable[[
         warnings.warn(
             f"remove: the norm of {baked} weights was baked in to keep merged values", ConvLoRAWarning, stacklevel=3
         )
-    return steps
+    return [*steps, *(functools.partial(declare_shape, module) for module in resized)]
+
+
+def _differ(base: Any, value: Tensor) -> bool:
+    """Whether a copy is of another shape than the base's tensor, as a head of other classes is."""
+    return base is not None and base.shape != value.shape
 
 
 def _bare(layer: nn.Module, kind: str, value: Tensor) -> Callable[[], None]:
@@ -80,8 +88,9 @@ def _own_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _is_one(values: Sequence[Tensor]) -> bool:
-    """Whether tensors are one in memory."""
-    return all((v.data_ptr(), v.shape) == (values[0].data_ptr(), values[0].shape) for v in values)
+    """Whether tensors that were merged apart hold the same, as those of tied modules with tied copies do."""
+    first = values[0]
+    return all(v is first or (v.dtype == first.dtype and torch.equal(v, first)) for v in values)
 
 
 def _set_buffer(module: nn.Module, kind: str, value: Tensor) -> Callable[[], None]:

@@ -151,8 +151,22 @@ def inject(
     if config.bias and not any(placement.bias for placement in plan):
         raise ConvLoRAError(f"inject: bias=True, but none of the {len(plan)} layers has a bias")
     _warn_oversized(plan, config)
+    copies = _without_factored(copies, plan)
     place_adapter(root, plan, copies, named_targets(config, list(layers), root))
     return model
+
+
+def _without_factored(copies: Sequence[CopyPlacement], plan: Sequence[Placement]) -> list[CopyPlacement]:
+    """Without the statistics of layers that get factors: an adapter has one or the other of a module."""
+    factored = {id(placement.layer) for placement in plan}
+    if left := [c.path for c in copies if id(c.module) in factored]:
+        warnings.warn(
+            f"inject: {len(left)} of the selected layers (first: '{left[0]}') keep running statistics of their own,"
+            " which stay the base's and move in train mode; exclude= or modules_to_save= gives the adapter its own",
+            ConvLoRAWarning,
+            stacklevel=3,
+        )
+    return [c for c in copies if id(c.module) not in factored]
 
 
 def modules_to_save_of(root: nn.Module, config: AdapterConfig, operation: str) -> dict[str, nn.Module]:
@@ -174,9 +188,10 @@ def plan_copies(root: nn.Module, config: AdapterConfig, operation: str) -> list[
     """What an adapter is to have copies of: all of the modules to save, and statistics elsewhere."""
     saved = modules_to_save_of(root, config, operation)
     plan = [CopyPlacement(path, module, list(own_tensors(module))) for path, module in saved.items()]
-    plan += plan_statistics(root, config, {id(module) for module in saved.values()}, operation)
+    whole = {id(module) for module in saved.values()}
+    plan += plan_statistics(root, config, whole, operation)
     for placement in plan:
-        check_copyable(placement.path, placement.module, operation)
+        check_copyable(placement.path, placement.module, operation, statistics=id(placement.module) not in whole)
     copied = {id(t) for p in plan for n, t in own_tensors(p.module).items() if n in p.names}
     ties = [
         tensor_key(path, name)
@@ -212,13 +227,14 @@ def plan_statistics(
     return [CopyPlacement(p, m, [] if freezes else statistics_names(m), freezes=freezes) for p, m in keeping]
 
 
-def check_copyable(path: str, module: nn.Module, operation: str) -> None:
+def check_copyable(path: str, module: nn.Module, operation: str, *, statistics: bool = False) -> None:
     """Refuse a module of which no copies can be had, before anything is changed."""
     if has_child_name(module):
         raise ConvLoRAError(f"{operation}: '{path}' cannot be copied: it has an attribute named {CHILD!r}")
     if any(nn.parameter.is_lazy(tensor) for tensor in own_tensors(module).values()):
         raise ConvLoRAError(f"{operation}: '{path}' has no shape yet (run one batch through the model first)")
-    check_adaptable(path, module, operation)
+    remedy = "; norm_statistics='base' leaves the statistics in the base" if statistics else ""
+    check_adaptable(path, module, operation, remedy)
 
 
 def check_injectable(model: Any, config: AdapterConfig, operation: str) -> nn.Module:
@@ -257,7 +273,7 @@ def place_adapter(
         shared: dict[int, Tensor] = {}  # tied tensors stay tied
         for c in copies:
             tensors = {n: copied(c.module, n, shared, (c.values or {}).get(n)) for n in c.names}
-            made.append((c.module, TensorCopies(config, tensors, freezes=c.freezes)))
+            made.append((c.module, TensorCopies(config, tensors, freezes=c.freezes, trained=c.values is not None)))
     entries: list[nn.Module] = [entry for _, entry in made]
     for entry in entries:
         if isinstance(entry, TensorCopies):
@@ -267,7 +283,7 @@ def place_adapter(
         adapt(module, config.name, entry)
 
 
-def check_adaptable(path: str, layer: nn.Module, operation: str) -> None:
+def check_adaptable(path: str, layer: nn.Module, operation: str, remedy: str = "") -> None:
     """Make the class that a layer is to get, before anything is changed: a class may refuse to be subclassed."""
     try:
         if not isinstance(layer, Adapted):
@@ -275,7 +291,7 @@ def check_adaptable(path: str, layer: nn.Module, operation: str) -> None:
     except Exception as error:
         kind = type(layer).__name__
         raise ConvLoRAError(
-            f"{operation}: '{path}' cannot be adapted: {kind} cannot be subclassed ({error!r})"
+            f"{operation}: '{path}' cannot be adapted: {kind} cannot be subclassed ({error!r}){remedy}"
         ) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from convlora.adapter.parts import tensor_key
 from convlora.errors import ConvLoRAWarning
-from convlora.layer.adapted import Adapted
-from convlora.layer.copies import own_tensors
+from convlora.layer.adapted import CHILD, Adapted
+from convlora.layer.copies import own_tensors, sums_of_bits, version
+from convlora.layer.loading import AdapterTensors
+from convlora.layer.slot import Slot
 from convlora.model.traversal import adapter_slots, base_modules, require_adapters, unwrap_model
 
 M = TypeVar("M", bound=nn.Module)
 SHOWN = 5  # names in a warning
 _RECORDS = "_convlora_outside"  # on a module while adapters are there: tensor name -> what it was at `inject`
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 class Record(NamedTuple):
@@ -33,10 +34,11 @@ class Record(NamedTuple):
 
 def freeze_base(root: nn.Module) -> None:
     """Freeze and record what has no record yet: what a user unfroze since the first adapter stays as it is."""
+    root._load_state_dict_post_hooks[_RECORDS] = _base_loaded  # type: ignore[index]
     new = [(m, n, t) for _, m in base_modules(root) if _RECORDS not in m.__dict__ for n, t in own_tensors(m).items()]
     trained = {id(tensor) for _, _, tensor in new if tensor.requires_grad}
-    for (module, name, tensor), bits in zip(new, _sums_of_bits([tensor for _, _, tensor in new]), strict=True):
-        record = Record(id(tensor) in trained, id(tensor), _version(tensor), tensor.dtype, bits)
+    for (module, name, tensor), bits in zip(new, sums_of_bits([tensor for _, _, tensor in new]), strict=True):
+        record = Record(id(tensor) in trained, id(tensor), version(tensor), tensor.dtype, bits)
         module.__dict__.setdefault(_RECORDS, {})[name] = record
     for _, _, tensor in new:
         if tensor.requires_grad:
@@ -45,12 +47,27 @@ def freeze_base(root: nn.Module) -> None:
 
 def thaw_base(root: nn.Module, released: Iterable[nn.Module]) -> None:
     """Make trainable again what `inject` froze: everything with the last adapter, else the released modules."""
+    if not adapter_slots(root):
+        for module in root.modules():
+            module._load_state_dict_post_hooks.pop(_RECORDS, None)  # type: ignore[call-overload]
     held = {id(p) for _, m in base_modules(root) if isinstance(m, Adapted) for p in m._parameters.values()}
     for module in released if adapter_slots(root) else list(root.modules()):
         for name, record in module.__dict__.pop(_RECORDS, {}).items():
             p = own_tensors(module).get(name)
             if record.trained and p is not None and id(p) not in held:
                 _set_requires_grad(p, True)
+
+
+def _base_loaded(root: nn.Module, _: object) -> None:
+    """Once a checkpoint without adapters was loaded into the model, that is the base: it is recorded anew."""
+    if any(entry.was_loaded for slot in adapter_slots(root) for entry in slot.entries()):
+        return
+    known = [
+        (m, n, t) for _, m in base_modules(root) for n, t in own_tensors(m).items() if n in m.__dict__.get(_RECORDS, {})
+    ]
+    for (module, name, tensor), bits in zip(known, sums_of_bits([tensor for _, _, tensor in known]), strict=True):
+        trained = module.__dict__[_RECORDS][name].trained
+        module.__dict__[_RECORDS][name] = Record(trained, id(tensor), version(tensor), tensor.dtype, bits)
 
 
 def is_frozen(root: nn.Module) -> bool:
@@ -106,16 +123,22 @@ def changed(model: nn.Module) -> list[str]:
     found: dict[str, None] = {}
     written: list[tuple[str, Tensor, Record]] = []
     for path, module in base_modules(root):
+        if isinstance(module, Slot | AdapterTensors):
+            continue  # of a module that was replaced
         records = module.__dict__.get(_RECORDS, {})
+        # `convert_sync_batchnorm` makes another module, to which it hands what acts, and the adapters as a child.
+        replaced = not isinstance(module, Adapted) and isinstance(dict(module.named_children()).get(CHILD), Slot)
         for name, tensor in own_tensors(module).items():
             record = records.get(name)
-            if tensor.requires_grad:
+            if tensor.requires_grad or replaced:
                 found[tensor_key(path, name)] = None
             elif record is not None and (record.trained or not isinstance(tensor, nn.Parameter)):
-                same = (id(tensor), _version(tensor)) == (record.identity, record.version)
+                # Norms write their statistics uncounted.
+                counted = isinstance(tensor, nn.Parameter)
+                same = counted and (id(tensor), version(tensor)) == (record.identity, record.version)
                 if not same and tensor.dtype == record.dtype and record.bits is not None:
                     written.append((tensor_key(path, name), tensor, record))
-    sums = _sums_of_bits([tensor for _, tensor, _ in written])
+    sums = sums_of_bits([tensor for _, tensor, _ in written])
     for (name, _, record), bits in zip(written, sums, strict=True):
         if bits is not None and bits != record.bits:
             found[name] = None
@@ -137,29 +160,6 @@ def warn_of_changed(root: nn.Module, operation: str, stacklevel: int) -> None:
 
 def _named_tensors(root: nn.Module) -> list[tuple[str, Tensor]]:
     return [(tensor_key(path, n), t) for path, module in base_modules(root) for n, t in own_tensors(module).items()]
-
-
-def _sums_of_bits(tensors: Sequence[Tensor]) -> list[int | None]:
-    """The values of each tensor, taken for integers and summed; one wait for each device. None where there are none."""
-    sums: list[Tensor | None] = [_sum_of_bits(tensor) for tensor in tensors]
-    result: list[int | None] = [None] * len(tensors)
-    for device in {s.device for s in sums if s is not None}:
-        places = [place for place, s in enumerate(sums) if s is not None and s.device == device]
-        for place, value in zip(places, torch.stack([sums[p] for p in places]).tolist(), strict=True):  # type: ignore[misc]
-            result[place] = value
-    return result
-
-
-def _sum_of_bits(tensor: Tensor) -> Tensor | None:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
-    if not plain or tensor.is_quantized:
-        return None
-    values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    return values.contiguous().view(-1).view(_INTEGERS[values.element_size()]).sum(dtype=torch.int64)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if nn.parameter.is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 def _set_requires_grad(parameter: Tensor, value: bool) -> None:

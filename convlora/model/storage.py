@@ -192,7 +192,8 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
         copies = [CopyPlacement(p, m, list(loaded.modules[p]), loaded.modules[p]) for p, m in modules.items()]
         for copy in copies:
             check_copyable(copy.path, copy.module, "load")
-        copies += plan_statistics(root, config, {id(m) for m in modules.values()}, "load")
+        taken = {id(m) for m in (*modules.values(), *fitting.values())}
+        copies += plan_statistics(root, config, taken, "load")
         place_adapter(root, [_placement(p, layer, loaded.layers[p]) for p, layer in fitting.items()], copies, config)
         return model
     for p, layer in fitting.items():

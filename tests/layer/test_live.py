@@ -134,13 +134,17 @@ def test_a_weight_kept_for_inference_is_never_stale(change: Callable[[Any, Path]
     assert torch.equal(after, before) == (change is baking)
 
 
-def test_rank_dropout_draws_anew_without_gradients() -> None:
-    model = adapted_net(rank=2, rank_dropout=0.5).train()
-    for module in model:
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
+@pytest.mark.parametrize("kept", [False, True], ids=["fresh", "after a forward in eval mode"])
+def test_rank_dropout_draws_anew_without_gradients(kept: bool) -> None:
+    model = adapted_net(rank=2, rank_dropout=0.5)
     x = torch.randn(NET_INPUT)
     with torch.no_grad():
+        if kept:
+            model.eval()(x)
+        model.train()
+        for module in model:
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
         outputs = [model(x) for _ in range(12)]
     assert any(not torch.equal(outputs[0], output) for output in outputs)
 

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 import convlora
-from benchmarks.trust import fuzz, mutate, seeds
+from benchmarks.trust import corpus, fuzz, mutate
 from convlora import Adapter, ConvLoRAError, formats
 from convlora.adapter import file as adapter_file
 from convlora.support.safetensors import read_regular_file
 
-LARGE = seeds.large()
-GOOD = seeds.seeds(seeds.network())
+LARGE = corpus.large_files()
+GOOD = corpus.seed_files(corpus.network())
 
 
 def test_hostile_files_are_read_correctly_or_refused() -> None:
@@ -193,7 +193,7 @@ def test_a_layer_name_of_a_megabyte_is_compared_with_no_layer_of_the_model(tmp_p
     place = put(tmp_path, *LARGE["a layer of a megabyte"]()[1:])
     start = time.process_time()
     with pytest.raises(ConvLoRAError, match=r"unexpected: (stem)+"):
-        convlora.load(seeds.network(), place)
+        convlora.load(corpus.network(), place)
     assert time.process_time() - start < 30  # it took an hour
 
 
@@ -220,22 +220,22 @@ def test_no_pickle_is_carried_out(name: str, kind: str, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     program = mutate.hostile_pickles(Path("sentinel"))[name]
     parts = [("archive/data.pkl", program), ("archive/version", b"3\n"), ("archive/data/0", bytes(8))]
-    for raw in (program, mutate.zipped(parts)):
+    for raw in (program, mutate.zip_file(parts)):
         Path("rain.pt").write_bytes(raw)
         refused(Path("rain.pt"), "read: 'rain.pt'", kind)
     assert os.listdir() == ["rain.pt"]
 
 
 def test_a_compressed_file_is_not_inflated(tmp_path: Path) -> None:
-    raw = seeds.saved({"a.lora_A": torch.zeros(2, 10), "a.lora_B": torch.zeros(10, 2)})
-    records = [(name, data if name.endswith(".pkl") else bytes(20 << 20)) for name, data in mutate.records(raw)]
-    (tmp_path / "rain.pt").write_bytes(mutate.zipped(records, compress=True))
+    raw = corpus.torch_file({"a.lora_A": torch.zeros(2, 10), "a.lora_B": torch.zeros(10, 2)})
+    records = [(name, data if name.endswith(".pkl") else bytes(20 << 20)) for name, data in mutate.zip_members(raw)]
+    (tmp_path / "rain.pt").write_bytes(mutate.zip_file(records, compress=True))
     refused(tmp_path / "rain.pt", "claim more bytes than the file has", "loralib")
 
 
 def test_keys_twice_are_refused_wherever_they_are(tmp_path: Path) -> None:
     name, files = GOOD["convlora"][0]
-    packed = mutate.Packed.of(files[name])
+    packed = mutate.SafetensorsParts.of(files[name])
     twice = {
         "a tensor": lambda p: p.entries.append(p.entries[0]),
         "metadata": lambda p: p.metadata.append(p.metadata[0]),
@@ -243,21 +243,21 @@ def test_keys_twice_are_refused_wherever_they_are(tmp_path: Path) -> None:
         "layers": lambda p: _edit(p, "layers", lambda text: text.replace("{", '{"stem":[1,1,[4,3,3,3]],', 1)),
     }
     for case, damage in twice.items():
-        changed = mutate.Packed.of(packed.pack())
+        changed = mutate.SafetensorsParts.of(packed.pack())
         damage(changed)
         if case in ("config", "layers"):
-            mutate._repaired(changed)
+            mutate.repair_checksum(changed)
         (tmp_path / name).write_bytes(changed.pack())
         refused(tmp_path / name, "twice")
 
 
-def _edit(packed: mutate.Packed, key: str, change: Callable[[str], str]) -> None:
+def _edit(packed: mutate.SafetensorsParts, key: str, change: Callable[[str], str]) -> None:
     packed.metadata = [(k, change(v) if k == key else v) for k, v in packed.metadata]
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "\u202egnp", "x" * 30_000])
 def test_what_a_file_says_cannot_take_over_a_message(name: str, tmp_path: Path) -> None:
-    (tmp_path / "rain.safetensors").write_bytes(seeds.native_of({f"{name}.lora_A": torch.ones(1)}, "{}"))
+    (tmp_path / "rain.safetensors").write_bytes(corpus.native_file({f"{name}.lora_A": torch.ones(1)}, "{}"))
     refused(tmp_path / "rain.safetensors", "unexpected")
 
 

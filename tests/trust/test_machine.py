@@ -54,9 +54,9 @@ def test_the_machine_finds(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_oracle_says_what_a_stock_network_computes() -> None:
-    from benchmarks.trust.dense import FEATURES, Net, Oracle
+    from benchmarks.trust.dense import INPUT_SHAPE, Oracle, OracleNet
 
-    net, oracle, x = Net().double(), Oracle(torch.float64), torch.randn(FEATURES, dtype=torch.float64)
+    net, oracle, x = OracleNet().double(), Oracle(torch.float64), torch.randn(INPUT_SHAPE, dtype=torch.float64)
     oracle.take_base(net.state_dict())
     y, bound = oracle.output(x)
     assert bool(((net(x) - y).abs() <= bound).all())

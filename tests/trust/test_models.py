@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.trust import catalogue, models
-from benchmarks.trust.catalogue import Case, given
+from benchmarks.trust.catalogue import NetworkCase, inputs_of
 
 QUICK = {
     "torch": [
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # other people's
 def test_an_adapter_lives_its_whole_life(name: str) -> None:
     library, _, network = name.partition(": ")
     pytest.importorskip(library)
-    case = next(case for case in catalogue.cases((library,)) if case.name == network)
-    life = models.live(case, "locon" if len(network) % 2 else "convlora")
+    case = next(case for case in catalogue.network_cases((library,)) if case.name == network)
+    life = models.life_on(case, "locon" if len(network) % 2 else "convlora")
     assert life.outcome == dict.fromkeys(models.STAGES, "ok")
     assert life.layers > 0
     cut = 9 if network == "AutoencoderTiny" else 0  # its encoder ends in bytes
@@ -40,7 +40,7 @@ def test_an_adapter_lives_its_whole_life(name: str) -> None:
 
 @pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="timm is not installed")
 def test_every_module_of_timm_has_a_case_or_a_reason() -> None:
-    cases = {case.name for case in catalogue.cases(("timm",))}
+    cases = {case.name for case in catalogue.network_cases(("timm",))}
     left_out = {name.removeprefix("timm/") for name in catalogue.LEFT_OUT}
     assert not cases & left_out
     assert catalogue.timm_modules() - cases - left_out == set()
@@ -112,51 +112,69 @@ class CountingInSilence(Counting):
         super().count(calls.data)
 
 
+class CountingInAParameter(Normed):
+    """Through `.data`, which leaves no trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls.data.add_(1)
+        return super().forward(x)
+
+
 class Bare(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
-def _case(make: Callable[[], nn.Module]) -> Case:
-    return Case("test", make.__name__, make, lambda: given(torch.randn(2, 4)))
+def _case(make: Callable[[], nn.Module]) -> NetworkCase:
+    return NetworkCase("test", make.__name__, make, lambda: inputs_of(torch.randn(2, 4)))
 
 
 def test_a_network_that_changes_by_itself_fails() -> None:
-    assert models.live(_case(Forgetful)).failures
+    assert models.life_on(_case(Forgetful)).failures
 
 
 def test_a_network_that_overwrites_a_base_weight_has_it_named_and_excluded() -> None:
-    life = models.live(_case(Writing))
+    life = models.life_on(_case(Writing))
     assert life.audited["layer"] == "overwritten"
     assert life.layers == 1
 
 
 def test_statistics_move_in_the_adapter_and_what_else_is_written_is_named() -> None:
-    normed, counting = models.live(_case(Normed)), models.live(_case(Counting))
+    normed, counting = models.life_on(_case(Normed)), models.life_on(_case(Counting))
     assert not normed.failures
     assert not counting.failures
     assert normed.statistics == counting.statistics == 1
     assert (normed.changed, counting.changed) == ([], ["calls"])
 
 
+def test_a_buffer_that_is_written_uncounted_is_named() -> None:
+    life = models.life_on(_case(CountingInSilence))
+    assert (life.failures, life.changed) == ({}, ["calls"])
+
+
 def test_a_write_that_changed_misses_is_told() -> None:
-    assert "moved: ['calls']" in models.live(_case(CountingInSilence)).failures["train"]
+    assert "moved: ['calls']" in models.life_on(_case(CountingInAParameter)).failures["train"]
 
 
 def test_an_exception_is_told() -> None:
-    assert models.live(_case(Failing)).failures == {"identity": "RuntimeError: not with me"}
+    assert models.life_on(_case(Failing)).failures == {"identity": "RuntimeError: not with me"}
 
 
 def test_measure_tells_failures_and_refusals(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(models, "cases", lambda: [_case(Net), _case(Bare)])
+    monkeypatch.setattr(models, "network_cases", lambda: [_case(Net), _case(Bare)])
     section = models.measure(10)
     assert [row[1:-1] for row in section.rows] == [("2", *["ok"] * 6), ("0", *["–"] * 6)]
     assert section.rows[1][-1] == "inject: target <lambda> selects no layer; 0 can be adapted"
     assert "2 networks (2 of test)" in section.note
     assert len(models.measure(1).rows) == 1
-    monkeypatch.setattr(models, "cases", lambda: [_case(Net), _case(Failing)])
+    monkeypatch.setattr(models, "network_cases", lambda: [_case(Net), _case(Failing)])
     failing = models.measure(10)
     assert [row["failed"] for row in failing.data] == [0, 1]
     assert "not with me" in failing.rows[1][2]

@@ -20,7 +20,7 @@ exactly = pytest.mark.parametrize("exact", [False, True], ids=["as unmerged", "e
 
 
 @pytest.fixture(scope="module")
-def errors() -> dict[tuple[torch.dtype, bool], numerics.Errors]:
+def errors() -> dict[tuple[torch.dtype, bool], numerics.MergeErrors]:
     return numerics.merge_errors(layers=25)
 
 
@@ -62,7 +62,7 @@ def test_nearest_rounds_once() -> None:
         values = torch.cat([(ends * (1 + near)).flatten(), random.to(dtype).double() * (1 + ulp / 2), random])
         beyond = torch.tensor([torch.inf, -torch.inf, 1e300, 1e-300, -1e-300], dtype=torch.float64)
         values = torch.cat([(values * (1 + off)).flatten(), beyond])
-        expected = numerics.nearest(values.numpy().astype("longdouble"), dtype)
+        expected = numerics.rounded_to_nearest(values.numpy().astype("longdouble"), dtype)
         assert rounded_once(values, dtype).double().tolist() == [float(v) for v in expected]
         assert bool(rounded_once(torch.tensor([torch.nan]).double(), dtype).isnan())
 
@@ -76,7 +76,7 @@ def test_the_oracle_of_the_numerics_is_right() -> None:
         Fraction(w) + (Fraction(b[0, 0].item()) * Fraction(p) + Fraction(b[0, 1].item()) * Fraction(q)) / 2
         for w, p, q in zip(layer._parameters["weight"][0].tolist(), *a.tolist(), strict=True)  # type: ignore[union-attr]
     ]
-    total, _, _ = numerics.exactly(layer)
+    total, _, _ = numerics.fused_exactly(layer)
     assert [float(t) for t in total[0]] == pytest.approx([float(e) for e in expected], rel=1e-15, abs=0)
     ulp = numerics.ulps(total, torch.float32)
     values = torch.from_numpy(total.astype("float32"))
@@ -144,17 +144,17 @@ def test_steps_below_the_resolution_of_a_bfloat16_base_are_not_lost() -> None:
 
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extremes(name: str) -> None:
-    assert numerics.extreme(name) is None
+    assert numerics.fault_at_extreme(name) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_overflow_is_refused(dtype: torch.dtype) -> None:
-    assert numerics.overflow(dtype) is None
+    assert numerics.fault_at_overflow(dtype) is None
 
 
 def test_the_same_seed_gives_the_same_file_in_every_process() -> None:
-    files = numerics.here(seed=0)
+    files = numerics.file_hashes(seed=0)
     assert len(set(files)) == len(files)
-    assert numerics.here(seed=0) == files
-    assert numerics.elsewhere(seed=0, hash_seed=1) == files
-    assert set(numerics.here(seed=1)).isdisjoint(files)
+    assert numerics.file_hashes(seed=0) == files
+    assert numerics.file_hashes_of_new_process(seed=0, hash_seed=1) == files
+    assert set(numerics.file_hashes(seed=1)).isdisjoint(files)

@@ -17,7 +17,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 import convlora
-from benchmarks.trust.mutate import Files, Packed
+from benchmarks.trust.mutate import Files, SafetensorsParts
 from convlora import Adapter, formats
 from convlora.adapter.file import checksum
 from convlora.support.safetensors import to_safetensors
@@ -50,7 +50,7 @@ def adapted(base: nn.Module, targets: Any, moved: bool = False, **options: Any) 
     return model
 
 
-def seeds(base: nn.Module) -> dict[str, list[tuple[str, Files]]]:
+def seed_files(base: nn.Module) -> dict[str, list[tuple[str, Files]]]:
     """Format -> (name of the file or folder, its files), several of each format."""
     return {kind: list(make(base)) for kind, make in MAKERS.items()}
 
@@ -89,14 +89,14 @@ def _peft(base: nn.Module) -> Iterator[tuple[str, Files]]:
         yield _written(adapter, "peft", "rain", prefix=prefix)
         name, files = _written(adapter.to(torch.bfloat16), "peft", "rain", prefix=prefix)
         tensors = load(files["adapter_model.safetensors"])
-        yield name, {"adapter_config.json": files["adapter_config.json"], "adapter_model.bin": saved(tensors)}
+        yield name, {"adapter_config.json": files["adapter_config.json"], "adapter_model.bin": torch_file(tensors)}
 
 
 def _locon(base: nn.Module) -> Iterator[tuple[str, Files]]:
     adapter = convlora.adapter(adapted(base, PLAIN, factors="locon", rank=2, alpha=ALPHA))
     name, files = _written(adapter, "locon", "rain.safetensors")
     yield name, files
-    packed = Packed.of(files[name])
+    packed = SafetensorsParts.of(files[name])
     packed.metadata = [("format", "pt"), ("ss_network_module", "networks.lora")]
     yield name, {name: packed.pack()}  # as other libraries write it: nothing states the paths
     yield _written(adapter.to(torch.float16), "locon", "rain.pt", prefix="lora_unet")
@@ -105,7 +105,7 @@ def _locon(base: nn.Module) -> Iterator[tuple[str, Files]]:
         "lycoris_stem.lora_mid.weight": torch.randn(2, 2, 3, 3),
         "lycoris_stem.lora_up.weight": torch.randn(4, 2, 1, 1), "lycoris_stem.alpha": torch.tensor(ALPHA),
     }  # fmt: skip
-    yield name, {name: packed_of(tucker, {"format": "pt"})}
+    yield name, {name: to_safetensors(tucker, {"format": "pt"})}
 
 
 def _loralib(base: nn.Module) -> Iterator[tuple[str, Files]]:
@@ -117,39 +117,36 @@ def _loralib(base: nn.Module) -> Iterator[tuple[str, Files]]:
     )
     state |= base.state_dict()
     state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
-    yield "rain.pt", {"rain.pt": saved(state)}
-    yield "rain.pt", {"rain.pt": saved({name: nn.Parameter(t, t.is_floating_point()) for name, t in state.items()})}
-    yield "rain.bin", {"rain.bin": saved(dict(state), _use_new_zipfile_serialization=False)}
+    yield "rain.pt", {"rain.pt": torch_file(state)}
+    parameters = {name: nn.Parameter(t, t.is_floating_point()) for name, t in state.items()}
+    yield "rain.pt", {"rain.pt": torch_file(parameters)}
+    yield "rain.bin", {"rain.bin": torch_file(dict(state), _use_new_zipfile_serialization=False)}
 
 
 MAKERS = {"convlora": _native, "peft": _peft, "locon": _locon, "loralib": _loralib}
 
 
-def saved(tensors: Any, **options: Any) -> bytes:
+def torch_file(tensors: Any, **options: Any) -> bytes:
     """As `torch.save` writes it."""
     buffer = io.BytesIO()
     torch.save(tensors, buffer, **options)
     return buffer.getvalue()
 
 
-def packed_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    return to_safetensors(tensors, metadata)
-
-
 # --- large files -----------------------------------------------------------------------------------------------------
 
 
-def native_of(
+def native_file(
     tensors: dict[str, Tensor], layers: str, config: str = '{"targets":["*"],"rank":1}', modules: str = ""
 ) -> bytes:
     """A native file with a right checksum, whatever it holds."""
     version = "2" if modules else "1"
     metadata = {"format": "convlora", "convlora.format_version": version, "config": config, "layers": layers}
     metadata |= {"modules": modules} if modules else {}
-    return packed_of(tensors, {**metadata, "checksum": checksum(tensors, metadata)})
+    return to_safetensors(tensors, {**metadata, "checksum": checksum(tensors, metadata)})
 
 
-def large() -> dict[str, Callable[[], tuple[str, str, Files]]]:
+def large_files() -> dict[str, Callable[[], tuple[str, str, Files]]]:
     """What makes format, name and files of what takes much memory or time where it is believed: megabytes, mostly."""
     few = {"stem.lora_A": torch.ones(3, 9), "stem.lora_B": torch.ones(12, 3)}
     one = '{"stem":[1,1,[4,3,3,3]]}'
@@ -162,17 +159,17 @@ def large() -> dict[str, Callable[[], tuple[str, str, Files]]]:
     long = "x" * 1_000_000
 
     def native(tensors: dict[str, Tensor], layers: str = one, **options: str) -> tuple[str, str, Files]:
-        return "convlora", "rain.safetensors", {"rain.safetensors": native_of(tensors, layers, **options)}
+        return "convlora", "rain.safetensors", {"rain.safetensors": native_file(tensors, layers, **options)}
 
     def locon(tensors: dict[str, Tensor], **metadata: str) -> tuple[str, str, Files]:
-        return "locon", "rain.safetensors", {"rain.safetensors": packed_of(tensors, metadata)}
+        return "locon", "rain.safetensors", {"rain.safetensors": to_safetensors(tensors, metadata)}
 
     def loralib(tensors: dict[str, Tensor], **metadata: str) -> tuple[str, str, Files]:
-        return "loralib", "rain.safetensors", {"rain.safetensors": packed_of(tensors, metadata)}
+        return "loralib", "rain.safetensors", {"rain.safetensors": to_safetensors(tensors, metadata)}
 
     def peft(tensors: dict[str, Tensor], **config: Any) -> tuple[str, str, Files]:
         text = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, **config}).encode()
-        return "peft", "rain", {"adapter_config.json": text, "adapter_model.safetensors": packed_of(tensors, {})}
+        return "peft", "rain", {"adapter_config.json": text, "adapter_model.safetensors": to_safetensors(tensors, {})}
 
     def four_megabytes(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         width = 500_000 // dtype.itemsize
@@ -192,7 +189,7 @@ def large() -> dict[str, Callable[[], tuple[str, str, Files]]]:
         "2 MB of bfloat16": lambda: of(torch.bfloat16),
         "2 MB of float8": lambda: of(torch.float8_e5m2),
         "2 MB of loralib": lambda: loralib(four_megabytes()),
-        "2 MB of loralib, a pickle": lambda: ("loralib", "rain.pt", {"rain.pt": saved(four_megabytes())}),
+        "2 MB of loralib, a pickle": lambda: ("loralib", "rain.pt", {"rain.pt": torch_file(four_megabytes())}),
         "40,000 tensors of one number": lambda: native(
             numbers(20_000), json.dumps({str(i): [1, 1, [1, 1]] for i in range(20_000)})
         ),
@@ -240,7 +237,7 @@ def large() -> dict[str, Callable[[], tuple[str, str, Files]]]:
         "loralib: a million layers": lambda: loralib(
             matrix, **{"convlora.layers": json.dumps({i: [] for i in range(1_000_000)})}
         ),
-        "loralib: 20,000 records": lambda: ("loralib", "rain.pt", {"rain.pt": saved(numbers(10_000))}),
+        "loralib: 20,000 records": lambda: ("loralib", "rain.pt", {"rain.pt": torch_file(numbers(10_000))}),
         "PEFT: 1,500 patterns for 1,500 layers": lambda: peft(
             numbers(1500, under), r=1, rank_pattern={f"^{i}": 1 for i in range(1500)},
             alpha_pattern={str(i): 1 for i in range(1500)},
