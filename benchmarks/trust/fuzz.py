@@ -290,7 +290,7 @@ def _content(name: str, raw: bytes) -> dict[str, tuple[str, bytes]]:
         return {key: (dtype, packed.data[first:last]) for key, (dtype, (first, last)) in ends.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded = torch.load(io.BytesIO(raw), weights_only=True)
+        loaded = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)  # whatever device the file names
     return {key: (str(t.dtype), bytes_of(t)) for key, t in loaded.items()}
 
 
