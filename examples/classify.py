@@ -34,8 +34,9 @@ from classification.methods import (
     with_new_head,
 )
 from classification.network import SmallResNet
-from classification.report import Shown, check_promises, report_run, show_progress
+from classification.report import Shown, report_run, show_progress
 from classification.training import Training, equal_states, outputs, train
+from promises import check_promises, is_default_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -193,7 +194,7 @@ def main(
     promises["each network after its training and removal: its former state dict bitwise"] = all(
         outcome.base_back for outcome in ours
     )
-    if is_default_run(context):
+    if is_default_run(context, FREE):
         for task in tasks:
             reached, probe = (
                 sum(outcome.reloaded for outcome in outcomes if (outcome.method, outcome.task) == (method, task.name))
@@ -215,12 +216,6 @@ def run_other_methods(fresh_base: Callable[[], SmallResNet], task: Task, trainin
         ]
     with tempfile.TemporaryDirectory() as folder:
         return [run(fresh_base, task, training, Path(folder) / str(index)) for index, run in enumerate(methods)]
-
-
-def is_default_run(context: typer.Context) -> bool:
-    """Whether no option was given that changes what is learned."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return all(name in FREE or source is None or source.name == "DEFAULT" for name, source in sources.items())
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 import typer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from promises import check_promises
 from sr.data import Image, Patches, bundled_photos, degraded_pairs, read_folder, to_tensor
 from sr.degradations import DEGRADATIONS
 from sr.distillation import Distillation, inject_dsclora
 from sr.evaluation import TOLERANCE, HeldOutSet, quality_table
 from sr.models import SPAN_WEIGHTS, load_span, save_span
-from sr.report import check_promises, console, one_line_errors, run_figures, save_curve, show_sizes, training_bar
+from sr.report import console, one_line_errors, run_figures, save_curve, show_sizes, training_bar
 from sr.training import Schedule, set_up_run, train
 from torch import Tensor, nn
 

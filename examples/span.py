@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 
+from promises import check_promises
 from spandrel import ModelLoader
 from sr.command import Options, make_app
 from sr.data import Patches, choose_photos, degraded_pairs
@@ -21,7 +22,7 @@ from sr.degradations import DEGRADATIONS
 from sr.evaluation import TOLERANCE, HeldOutSet
 from sr.models import equal_states
 from sr.networks import NETWORKS, Network
-from sr.report import check_promises, report_run, show_sizes, training_bar
+from sr.report import report_run, show_sizes, training_bar
 from sr.training import Schedule, set_up_run, train
 
 import convlora

@@ -7,6 +7,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -179,6 +180,10 @@ LIVES: dict[str, Life] = {
         options=dict(targets="*", modules_to_save="1"),
     ),
 }
+for library, names in {"timm": ["resnet10t", "mobilenetv3", "convnext"], "torchvision": ["resnet18"]}.items():
+    if find_spec(library) is None:
+        for name in names:
+            del LIVES[name]
 
 
 def injected(name: str, **options: Any) -> nn.Module:

@@ -24,7 +24,7 @@ from convlora.adapter.specs import guess_spec, is_layer_weight
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
-from convlora.factors.fuse import difference, fuse_weight, fuse_weight_exactly, is_finite
+from convlora.factors.fuse import fuse_weight, fuse_weight_exactly, is_finite, mixture
 from convlora.factors.svd import rank_chooser
 from convlora.support.progress import counted_steps
 
@@ -69,8 +69,8 @@ def apply_adapters(
         else:
             updates = [_change(name, *part, exact).to(base.device) for part in parts.values()]
             stored = [(copy.to(base.device, base.dtype), share) for copy, share in owned]
-            updates += [difference(base.detach(), copy, share, exact) for copy, share in stored]
-            merged[name] = (fuse_weight_exactly if exact else fuse_weight)(base.detach(), updates)
+            start, mixed_in = mixture(base.detach(), stored, exact)
+            merged[name] = (fuse_weight_exactly if exact else fuse_weight)(start, [*updates, *mixed_in])
         if merged[name].is_floating_point() and not is_finite(merged[name]):
             problems.non_finite.append(name)
     problems.raise_if_any("Adapter.apply_to")

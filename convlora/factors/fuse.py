@@ -6,7 +6,7 @@ This is the plain composite, the reference for every faster form of the same lay
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,23 @@ def fuse_weight_exactly(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
     for update in updates:
         total = total + update
     return rounded_once(total, weight.dtype)
+
+
+def mixture(base: Tensor, copies: Sequence[tuple[Tensor, float]], exact: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """Where `base + Σ strength·(copy − base)` starts, and what is added.
+
+    It starts from the first copy of strength 1, if there is one: a copy that acts whole stays bitwise what it is beside
+    updates that are zero.
+
+    Example:
+        >>> start, updates = mixture(torch.zeros(1), [(torch.ones(1) / 3, 1.0), (torch.zeros(1), 1.0)])
+        >>> fuse_weight(start, updates).equal(torch.ones(1) / 3)
+        True
+    """
+    whole = next((place for place, (_, strength) in enumerate(copies) if strength == 1), None)
+    start = base if whole is None else copies[whole][0]
+    others = (pair for place, pair in enumerate(copies) if place != whole)
+    return start, [difference(base, copy, strength, exact) for copy, strength in others]
 
 
 def difference(base: Tensor, copy: Tensor, strength: float, exact: bool = False) -> Tensor:

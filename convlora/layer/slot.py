@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
-from convlora.factors.fuse import difference, fuse_weight, fuse_weight_exactly
+from convlora.factors.fuse import difference, fuse_weight, fuse_weight_exactly, mixture
 from convlora.layer.context import chosen, refuse_choice_in_graph
 from convlora.layer.copies import TensorCopies
 from convlora.layer.loading import AdapterTensors
@@ -338,7 +338,7 @@ class Slot(nn.Module):
         dropout: bool = True,
         exact: bool = False,
     ) -> Tensor:
-        mixed = [difference(base, entry.tensor(kind), share, exact) for entry, share in copies]
+        base, mixed = mixture(base, [(entry.tensor(kind), share) for entry, share in copies], exact)
         if exact:
             return fuse_weight_exactly(base, [*(low_rank.in_float64(kind) for low_rank, _ in acting), *mixed])
         # Called as modules, so that hooks (FSDP2 unshards in one) run.

@@ -165,7 +165,10 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
     loaded = on_all_ranks(device_mesh_of(root), lambda: path if isinstance(path, Adapter) else Adapter.read(path))
     config = loaded.config if name is None else loaded.config.replace(name=name)
     present = {p: m for p, m in adapted_modules(root).items() if config.name in slot_of(m).names()}
-    if not present:
+    if present:  # whose statistics move is a matter of the copies that are there
+        there = slot_of(next(iter(present.values()))).entry(config.name).config
+        config = config.replace(norm_statistics=there.norm_statistics)
+    else:
         check_injectable(model, config, "load")
     swap = config.name if present else None
     fitting, problems = _match(root, loaded, swap)
@@ -239,6 +242,9 @@ def _cannot_copy(module: nn.Module, tensors: Mapping[str, Tensor], swap: str | N
         return f"the file has {', '.join(strange)}, the module {', '.join(own) or 'no tensors'}"
     if not set(tensors) <= {*statistics} and (absent := [name for name in own if name not in tensors]):
         return f"the file lacks {', '.join(absent)}"
+    for name, tensor in tensors.items():
+        if name in own and _kind_of_number(tensor) != _kind_of_number(own[name]):
+            return f"the file has {name} of {tensor.dtype}, the model of {own[name].dtype}"
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if swap is not None:
         copies = slot_of(module).copies().get(swap) if isinstance(module, Adapted) else None
@@ -251,6 +257,10 @@ def _cannot_copy(module: nn.Module, tensors: Mapping[str, Tensor], swap: str | N
         if other is not None and (len(shape) != other.dim() or (name in statistics and shape != tuple(other.shape))):
             return f"the file has {name} {shape}, the model {tuple(other.shape)}"
     return None
+
+
+def _kind_of_number(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _match(root: nn.Module, loaded: Adapter, swap: str | None) -> tuple[dict[str, nn.Module], Problems]:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -75,19 +74,6 @@ def report_run(
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"{seconds:.0f} s; wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
-
-
-def check_promises(promises: Mapping[str, bool]) -> None:
-    """Say that all hold.
-
-    Raises:
-        typer.Exit: one does not; all of those are named.
-    """
-    broken = [promise for promise, holds in promises.items() if not holds]
-    if broken:
-        typer.echo(f"failed: {'; '.join(broken)}", err=True)
-        raise typer.Exit(1)
-    console.print(f"[green]{len(promises)} checks hold[/]: {'; '.join(promises)}")
 
 
 @dataclass(frozen=True)

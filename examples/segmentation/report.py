@@ -11,7 +11,6 @@ from statistics import mean
 
 import numpy as np
 import torch
-import typer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
@@ -122,12 +121,3 @@ def machine() -> dict[str, object]:
         "numpy": np.__version__,
         "convlora": convlora.__version__,
     }
-
-
-def check_promises(promises: Mapping[str, bool]) -> None:
-    """Say that all hold, or which do not, and exit with 1."""
-    broken = [promise for promise, holds in promises.items() if not holds]
-    if broken:
-        typer.echo(f"failed: {'; '.join(broken)}", err=True)
-        raise typer.Exit(1)
-    console.print(f"[green]{len(promises)} checks hold[/]: {'; '.join(promises)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
+from promises import is_default_run
 
 from sr import degradations
 from sr.networks import Network
@@ -76,7 +77,7 @@ def make_app(adapt: Callable[[Network, Options, float | None], None], network: N
 
     @one_line_errors
     def main(context: typer.Context, **given: Any) -> None:
-        adapt(network, Options(**given), GAIN if is_default_run(context) else None)
+        adapt(network, Options(**given), GAIN if is_default_run(context, FREE) else None)
 
     # typer reads the options from the signature: here the fields of `Options`.
     hints = get_type_hints(Options, include_extras=True)
@@ -95,9 +96,3 @@ def make_app(adapt: Callable[[Network, Options, float | None], None], network: N
     app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
     app.command(help=HELP.format(name=network.name))(main)
     return app
-
-
-def is_default_run(context: typer.Context) -> bool:
-    """Whether no option was given that changes what is learned."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return all(name in FREE or source is None or source.name == "DEFAULT" for name, source in sources.items())

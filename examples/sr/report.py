@@ -115,15 +115,6 @@ def run_figures(
     }
 
 
-def check_promises(promises: Mapping[str, bool]) -> None:
-    """Say that all hold, or which do not, and exit with 1."""
-    broken = [promise for promise, holds in promises.items() if not holds]
-    if broken:
-        typer.echo(f"failed: {'; '.join(broken)}", err=True)
-        raise typer.Exit(1)
-    console.print(f"[green]{len(promises)} checks hold[/]: {'; '.join(promises)}")
-
-
 def strongest_change(one: Image, other: Image, size: int) -> tuple[int, int]:
     """The corner (top, left) of the `size` x `size` square where two photos differ most in luma."""
     sums = np.pad(np.abs(luma(one) - luma(other)).cumsum(0).cumsum(1), ((1, 0), (1, 0)))

@@ -25,9 +25,10 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import segment as example
 from PIL import Image as PilImage
+from promises import check_promises, is_default_run
 from safetensors.torch import load_file
 from segmentation.cells import SOURCE, TARGET, Cells, draw
-from segmentation.report import FOUND, MISSED, WRONG, check_promises, paint
+from segmentation.report import FOUND, MISSED, WRONG, paint
 from segmentation.training import BATCH, CROP, dice, random_crops, segment, train
 from segmentation.unet import EARLY, EarlyHead, UNet
 
@@ -249,5 +250,5 @@ def test_the_script_draws_three_images(short_run: tuple[str, Path, dict[str, Any
 def test_only_a_default_run_promises_gains(short_run: tuple[str, Path, dict[str, Any]]) -> None:
     assert "gain" not in short_run[0]
     command = typer.main.get_command(example.app)
-    for options, promised in (([], True), (["--threads", "1", "--out", "x"], True), (["--steps", "100"], False)):
-        assert example.is_default_run(command.make_context("segment", options)) is promised
+    for options, promised in (([], True), (["--threads", "1", "--out", "x"], True), (["--steps", "150"], False)):
+        assert is_default_run(command.make_context("segment", options), ("threads", "out")) is promised

@@ -252,6 +252,29 @@ def test_strengths_mix_copies_with_the_base() -> None:
     assert same_state(one, convlora.merged_state_dict(model, {"a": 0.5}))
 
 
+@pytest.mark.parametrize("second", [{"modules_to_save": "fc"}, {}, {"norm_statistics": "frozen"}])
+@torch.no_grad()
+def test_a_second_adapter_starts_bitwise_beside_a_copy(second: dict[str, Any]) -> None:
+    with torch.enable_grad():
+        _, model, x = adapted("unet")
+    y = model(x)
+    convlora.inject(
+        model, "*", rank=1, name="second", exclude=("fc",) if second.get("modules_to_save") else (), **second
+    )
+    assert torch.equal(model(x), y)
+    together, alone = convlora.merged_state_dict(model), convlora.merged_state_dict(model, ["default"])
+    counters = {key for key, value in alone.items() if not value.is_floating_point()}  # of several, the last one's
+    assert all(torch.equal(together[key], alone[key]) for key in alone.keys() - counters)
+
+
+def test_a_hot_swap_keeps_whose_statistics_move() -> None:
+    base, model, _ = adapted("unet")
+    targets, saved_modules = NETS["unet"][1:]
+    frozen = convlora.inject(base, targets, rank=1, modules_to_save=saved_modules, norm_statistics="frozen")
+    convlora.load(model, convlora.adapter(frozen))
+    assert convlora.adapters(model)["default"].norm_statistics == "adapter"
+
+
 def test_statistics_of_several_adapters_move_for_the_one_that_trains() -> None:
     base, model, x = two_tasks()
     convlora.activate(model, ["a", "b"])
@@ -506,6 +529,10 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a tensor too many": (lambda m: m["fc"].update(scale=torch.ones(2)), r"fc \(the file has scale"),
     "a tensor too few": (lambda m: m["fc"].pop("bias"), r"fc \(the file lacks bias\)"),
     "statistics of another size": (lambda m: m["down.1"].update(running_mean=torch.ones(3)), r"down.1 \(the file has"),
+    "numbers of another kind": (
+        lambda m: m["fc"].update(bias=torch.ones(2).cfloat()),
+        r"of torch.complex64, the model of",
+    ),
     "another number of dimensions": (
         lambda m: m["fc"].update(weight=torch.ones(2)),
         r"fc \(the file has weight \(2,\)",
