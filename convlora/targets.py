@@ -5,34 +5,17 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import nn
 
-from convlora.config import Target
+from convlora.config import Target, is_literal
+from convlora.config import pattern_matches as pattern_matches
 from convlora.errors import ConvLoRAError
 from convlora.layer.adapted import CHILD, why_not
 
 V = TypeVar("V")
 _COMPARED = 60  # characters of a name, the last, that `nearest` looks at
-
-
-def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether a pattern selects a dotted name: a glob, from any dot on, or `re:` and a full-match expression.
-
-    Example:
-        >>> pattern_matches("conv1", "layer2.0.conv1"), pattern_matches("block_*.c?_r", "block_1.c3_r")
-        (True, True)
-        >>> pattern_matches(r"re:b\\d", "b12")
-        False
-    """
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    if _is_literal(pattern):
-        return name == pattern or name.endswith(f".{pattern}")
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
 
 
 def select_layers(
@@ -51,7 +34,7 @@ def select_layers(
     selected: set[int] = set()
     for target in targets:
         hits = [(name, module) for name, module in named if target_selects(target, name, module, operation)]
-        if isinstance(target, str) and _is_literal(target):
+        if isinstance(target, str) and is_literal(target):
             meant = [hit for hit in hits if hit[0] == target] or hits  # a full name means that layer first
             for name, module in meant:
                 if (reason := reasons[id(module)]) and id(module) not in parts:
@@ -93,7 +76,7 @@ def select_modules(model: nn.Module, targets: Sequence[Target], operation: str, 
     selected: set[int] = set()
     for target in targets:
         hits = [(name, m) for name, m in named if target_selects(target, name, m, operation)]
-        if isinstance(target, str) and _is_literal(target):
+        if isinstance(target, str) and is_literal(target):
             hits = [hit for hit in hits if hit[0] == target] or hits  # a full name means that module first
         if not hits:
             close = f"; {nearest_names(target, [n for n, _ in named if n])}" if isinstance(target, str) else ""
@@ -108,15 +91,25 @@ def select_modules(model: nn.Module, targets: Sequence[Target], operation: str, 
 
 
 def values_by_layer(
-    values: Mapping[str, V] | None, default: V, names: Iterable[str], operation: str, field: str
+    values: Mapping[str, V] | None,
+    default: V,
+    names: Iterable[str],
+    operation: str,
+    field: str,
+    unselected: Iterable[str] = (),
 ) -> dict[str, V]:
-    """Layer name -> value by `{pattern: value}`, the last matching pattern wins."""
-    names = list(names)
+    """Layer name -> value by `{pattern: value}`, the last matching pattern wins.
+
+    Raises:
+        ConvLoRAError: a pattern matches no name; of the value 0 (a rank) also none of the unselected ones.
+    """
+    names, others = list(names), list(unselected)
     result = dict.fromkeys(names, default)
     for pattern, value in (values or {}).items():
         hits = [name for name in names if _guard(pattern_matches, pattern, name, operation)]
-        if not hits:
-            close = nearest_names(pattern, names)
+        idle = not value and any(_guard(pattern_matches, pattern, name, operation) for name in others)
+        if not hits and not idle:
+            close = nearest_names(pattern, names if value else [*names, *others])
             raise ConvLoRAError(
                 f"{operation}: {field} pattern '{pattern}' matches none of the selected layers; {close}"
             )
@@ -166,10 +159,6 @@ def _guard(match: Any, pattern: str, name: str, operation: str) -> bool:
         return bool(match(pattern, name))
     except re.error as error:
         raise ConvLoRAError(f"{operation}: '{pattern}' is no regular expression ({error})") from None
-
-
-def _is_literal(pattern: str) -> bool:
-    return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")
 
 
 def _nearest(target: Target, adaptable: Mapping[str, nn.Module]) -> str:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from convlora.adapter.algebra import alpha_of_scale_one, assemble, factorization_with
+from convlora.adapter.fingerprint import base_fingerprint
 from convlora.adapter.parts import (
     BIAS_DELTA,
     AdapterParts,
     LayerFactors,
     at_least_float32,
-    base_fingerprint,
     layer_delta,
     tensor_key,
 )

@@ -11,13 +11,12 @@ import torch
 from convlora import formats
 from convlora.adapter.adapter import Adapter
 from convlora.adapter.checkpoint import state_dict_misfits
-from convlora.adapter.parts import base_fingerprint, tensor_key
+from convlora.adapter.fingerprint import BaseMatch, compare_bases
+from convlora.adapter.parts import tensor_key
 from convlora.cli.architecture import layers_of, with_checkpoint_names
 from convlora.errors import ConvLoRAError
 from convlora.formats.checkpoints import Checkpoint
 from convlora.targets import nearest_names
-
-OTHER_BASE = "'{}' was trained on another base of the same shapes, or on another precision of it"
 
 
 def read_adapter(
@@ -53,13 +52,19 @@ def fit_to_base(adapter: Adapter, state: Mapping[str, Any], file: Path, base: Pa
     return placed
 
 
-def is_same_base(adapter: Adapter, placed: Adapter, state: Mapping[str, Any]) -> bool | None:
-    """Whether the checkpoint is the base that was adapted, as stored or read in float32; None if the file tells not."""
+def match_base(adapter: Adapter, placed: Adapter, state: Mapping[str, Any]) -> BaseMatch | None:
+    """What the checkpoint, as stored or read in float32, is to the base that was adapted; None if unknown."""
     if adapter.fingerprint is None:
         return None
     weights = {was: state[tensor_key(now, "weight")] for was, now in zip(adapter.layers, placed.layers, strict=True)}
     read = {path: weight.to(torch.float32) for path, weight in weights.items()}
-    return adapter.fingerprint in (base_fingerprint(weights), base_fingerprint(read))
+    as_read = compare_bases(adapter.fingerprint, read)
+    return as_read if as_read.kind == "same" else compare_bases(adapter.fingerprint, weights)
+
+
+def describe_match(match: BaseMatch, file: Path, base: Path) -> str:
+    """What a base is to the one that was adapted, in words."""
+    return f"'{file}' was trained on {match}" if match.kind == "other" else f"'{base}' is {match}"
 
 
 def per_adapter(values: Sequence[float], adapters: Sequence[Path], command: str, option: str) -> list[float]:

@@ -16,11 +16,11 @@ from convlora.adapter.checkpoint import apply_adapters
 from convlora.cli.architecture import layers_of
 from convlora.cli.console import emit, progress
 from convlora.cli.inputs import (
-    OTHER_BASE,
     check_output,
     check_rank_or_energy,
+    describe_match,
     fit_to_base,
-    is_same_base,
+    match_base,
     per_adapter,
     read_adapter,
     read_base,
@@ -50,7 +50,8 @@ def merge(
 
     The result is for every program that loads the base. Works on the bare weights, no network needed; key order,
     dtypes, nesting, metadata and all other weights stay. Where a file holds `params_ema` and `params`, the former is
-    adapted. A base other than the one that was adapted gives a warning: for a fine-tuned base that is meant.
+    adapted. A base other than the one that was adapted, or another precision of it, gives a warning: for a fine-tuned
+    base that is meant.
 
     \b
     Examples:
@@ -66,10 +67,10 @@ def merge(
     placed = [fit_to_base(adapter, state, file, base, "merge") for adapter, file in zip(loaded, adapters, strict=True)]
     with progress("merging"):
         merged = apply_adapters(list(zip(placed, strengths, strict=True)), state)
-    same = [is_same_base(adapter, there, state) for adapter, there in zip(loaded, placed, strict=True)]
-    for file, verdict in zip(adapters, same, strict=True):
-        if verdict is False:
-            _warn(f"merge: {OTHER_BASE.format(file)}")
+    matches = [match_base(adapter, there, state) for adapter, there in zip(loaded, placed, strict=True)]
+    for file, match in zip(adapters, matches, strict=True):
+        if match is not None and match.kind in ("precision", "other"):
+            _warn(f"merge: {describe_match(match, file, base)}")
     if checkpoint.beside:
         _warn(f"merge: '{checkpoint.where[-1]}' is adapted; {', '.join(checkpoint.beside)} beside it stays as it was")
     checkpoint.write(out, merged)
@@ -81,8 +82,13 @@ def merge(
         "tensors": len(state),
         "changed": changed,
         "adapters": [
-            {"file": str(file), "strength": each, "layers": len(adapter.layers), "same_base": verdict}
-            for file, each, adapter, verdict in zip(adapters, strengths, loaded, same, strict=True)
+            {
+                "file": str(file),
+                "strength": each,
+                "layers": len(adapter.layers),
+                "same_base": match and match.kind != "other",
+            }
+            for file, each, adapter, match in zip(adapters, strengths, loaded, matches, strict=True)
         ],
     }
     emit(report, f"{out}: {changed} of {len(state)} tensors adapted, {report['bytes']:,} bytes", as_json)

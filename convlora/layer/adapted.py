@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from convlora.config import CHILD as CHILD
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
 from convlora.layer.context import Choice, choosing
@@ -27,8 +28,6 @@ from convlora.layer.forms import training_form_of
 from convlora.layer.loading import AdapterTensors
 from convlora.layer.sharded import is_managed, is_shard_root, is_sharded
 from convlora.layer.slot import Slot
-
-CHILD = "convlora"  # the child module's name, so `<layer>.convlora.<adapter>.lora_A` in a full checkpoint
 
 _FACTORED = ("bias", "weight")  # what factors update
 

@@ -28,6 +28,7 @@ from convlora.layer.adapted import (
     release,
     slot_of,
     weight_spec,
+    why_not,
 )
 from convlora.layer.copies import TensorCopies, copied, own_tensors, statistics_names
 from convlora.layer.loading import AdapterTensors
@@ -138,7 +139,9 @@ def inject(
         raise ConvLoRAError("inject: modules_to_save leaves no layer of those that the targets select")
     for target in idle:
         warnings.warn(f"inject: exclude {describe_target(target)} matches no layer", ConvLoRAWarning, stacklevel=2)
-    layer_ranks = values_by_layer(config.ranks, config.rank, layers, "inject", "ranks")
+    named = root.named_modules(remove_duplicate=False) if config.ranks else ()
+    others = [path for path, module in named if why_not(module) is None]
+    layer_ranks = values_by_layer(config.ranks, config.rank, layers, "inject", "ranks", unselected=others)
     layer_alphas = values_by_layer(config.alphas, config.alpha, layers, "inject", "alphas")
     plan = []
     for path, layer in layers.items():

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from convlora.adapter.adapter import Adapter
-from convlora.adapter.parts import LayerFactors, base_fingerprint, tensor_key
+from convlora.adapter.fingerprint import base_fingerprint, compare_bases
+from convlora.adapter.parts import LayerFactors, tensor_key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
 from convlora.factors.fuse import is_finite
@@ -99,7 +100,7 @@ def _take(model: nn.Module, name: str | None, copy: bool) -> Adapter:
     if len(kinds) > 1:
         raise ConvLoRAError(f"adapter: parts of {name!r} differ ({sorted(kinds)}); give each part a name of its own")
     base = {path: layer for layer, (path, *_) in paths.items() if path in layers}
-    return Adapter(config, layers, fingerprint(base), modules=modules)
+    return Adapter(config, layers, base_fingerprint(_base_weights(base)), modules=modules)
 
 
 def _are_unmoved_statistics(module: nn.Module, copies: TensorCopies) -> bool:
@@ -143,7 +144,8 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
 
     Onto an adapter of the same name with the same shapes it copies in place: a hot swap, which recompiles nothing.
     A new adapter acts, beside those that already do; `activate` chooses. `name`: another name than the file's.
-    `strict=False` takes what fits and warns of the rest. A base other than the adapted one gives a warning.
+    `strict=False` takes what fits and warns of the rest. A base other than the adapted one, or another precision of
+    it, gives a warning; one that is equal up to rounding does not.
     A model that FSDP2 has sharded takes a hot swap only, and every process has to call it and reads the file.
     It changes the model for everybody: nobody may be running it meanwhile.
 
@@ -185,12 +187,11 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
         raise ConvLoRAError(f"load: {complaint}{hint}")
     if problems:
         warnings.warn(f"load: left out what does not fit: {complaint}", ConvLoRAWarning, stacklevel=2)
-    elif loaded.fingerprint is not None and loaded.fingerprint != fingerprint(fitting):
-        warnings.warn(
-            "load: the adapter was trained on another base of the same shapes, or on another precision of it",
-            ConvLoRAWarning,
-            stacklevel=2,
-        )
+    elif loaded.fingerprint is not None:
+        found = compare_bases(loaded.fingerprint, _base_weights(fitting))
+        if found.kind in ("precision", "other"):
+            where = "the model has" if found.kind == "precision" else "the adapter was trained on"
+            warnings.warn(f"load: {where} {found}", ConvLoRAWarning, stacklevel=2)
     if not present:
         copies = [CopyPlacement(p, m, list(loaded.modules[p]), loaded.modules[p]) for p, m in modules.items()]
         for copy in copies:
@@ -322,12 +323,10 @@ def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
     return full_tensor(tensor).detach().to("cpu", copy=copy)
 
 
-def fingerprint(layers: Mapping[str, nn.Module]) -> str | None:
-    """Of the base weights of layers; see `formats.native.fingerprint`."""
+def _base_weights(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The base weights of layers, whole where they are sharded."""
     weights = {path: peek_base_tensor(layer, "weight") for path, layer in layers.items()}
-    if any(weight.is_meta for weight in weights.values()):
-        return None
-    return base_fingerprint({p: _on_cpu(w, copy=False) if is_sharded(w) else w for p, w in weights.items()})
+    return {p: _on_cpu(w, copy=False) if is_sharded(w) and not w.is_meta else w for p, w in weights.items()}
 
 
 def merged_state_dict(model: nn.Module, names: Names | None = None) -> dict[str, Any]:

@@ -28,7 +28,6 @@ import convlora
 from convlora import Adapter, formats
 from convlora.cli import architecture
 from convlora.cli.app import app, main
-from convlora.cli.inputs import OTHER_BASE
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["info", "merge", "extract", "resize", "combine", "convert", "diff", "layers", "verify"]
@@ -196,8 +195,36 @@ def test_merge_onto_another_base_warns_in_one_line(folder: Path) -> None:
     save_file(esrgan(seed=9).state_dict(), "other.safetensors")
     result = run("merge", "other.safetensors", "rain.safetensors", "-o", "out.safetensors")
     assert result.exit_code == 0
-    assert result.stderr == f"warning: merge: {OTHER_BASE.format('rain.safetensors')}\n"
+    assert re.fullmatch(
+        r"warning: merge: 'rain\.safetensors' was trained on another base of the same shapes"
+        r" \(relative difference [\d.]+\)\n",
+        result.stderr,
+    )
     assert Path("out.safetensors").exists()
+
+
+def test_a_base_in_another_precision_is_said_to_be_one(folder: Path) -> None:
+    half = {name: tensor.half() for name, tensor in esrgan().state_dict().items()}
+    save_file(half, "half.safetensors")
+    save_file({name: tensor.float() for name, tensor in half.items()}, "widened.safetensors")
+    for file in ("half.safetensors", "widened.safetensors"):
+        result = run("merge", file, "rain.safetensors", "-o", f"of-{file}", "--json")
+        said = f"'{file}' is the base that was adapted, with values of float16 here and of float32 there"
+        assert said in result.stderr
+        assert json.loads(result.stdout)["adapters"][0]["same_base"] is True
+        check = report("verify", "rain.safetensors", "--base", file)["checks"]["fingerprint"]
+        assert check["ok"] is True
+        assert said in check["what"]
+
+
+def test_a_base_that_is_equal_up_to_rounding_alarms_nobody(folder: Path) -> None:
+    drifted = {name: tensor * 3 / 3 for name, tensor in esrgan().state_dict().items()}
+    assert not same(drifted, esrgan().state_dict())
+    save_file(drifted, "drifted.safetensors")
+    out("merge", "drifted.safetensors", "rain.safetensors", "-o", "out.safetensors")
+    check = report("verify", "rain.safetensors", "--base", "drifted.safetensors")["checks"]["fingerprint"]
+    assert check["ok"] is True
+    assert "up to rounding (relative difference" in check["what"]
 
 
 def test_a_base_read_in_float32_is_the_base_in_half_precision_that_is_stored(folder: Path) -> None:
