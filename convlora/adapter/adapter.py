@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from convlora.adapter import algebra
+from convlora.adapter.cast import cast_adapter
 from convlora.adapter.checkpoint import apply_adapters, extract_adapter
 from convlora.adapter.file import read_adapter, write_adapter
-from convlora.adapter.parts import AdapterParts, LayerFactors, layer_delta
+from convlora.adapter.parts import AdapterParts, layer_delta
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
 
@@ -78,6 +79,10 @@ class Adapter(AdapterParts):
     def to(self, dtype: torch.dtype) -> Adapter:
         """The adapter with its tensors in another floating dtype; copies of modules get narrower, but not wider.
 
+        float16 has nothing below 6e-8 and few digits below 6e-5. Where that changes ΔW of a layer, or a copy, by more
+        than 1 % of its Frobenius norm, a `ConvLoRAWarning` says by how much, and of all ΔW. Rounding alone changes it
+        by 0.1 % (float16) or 0.5 % (bfloat16) at most.
+
         Raises:
             ConvLoRAError: not a floating dtype, or values overflow in it.
 
@@ -87,23 +92,7 @@ class Adapter(AdapterParts):
             >>> convlora.adapter(model).to(torch.bfloat16).layers["0"].tensors["lora_A"].dtype
             torch.bfloat16
         """
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ConvLoRAError(f"Adapter.to: dtype (={dtype}) must be a floating point dtype")
-        if dtype.itemsize < 2:
-            raise ConvLoRAError(f"Adapter.to: {dtype} is too narrow for factors; use float16 or bfloat16")
-        cast = {
-            path: LayerFactors(
-                {name: t.to(dtype) for name, t in layer.tensors.items()},
-                layer.spec, layer.rank, layer.alpha, layer.aliases,
-            )
-            for path, layer in self.layers.items()
-        }  # fmt: skip
-        narrow = dtype.itemsize < 4
-        modules = {
-            path: {n: t.to(dtype) if narrow and t.is_floating_point() else t for n, t in tensors.items()}
-            for path, tensors in self.modules.items()
-        }
-        return Adapter(self.config, cast, self.fingerprint, modules=modules)
+        return cast_adapter(self, dtype, "Adapter.to", stacklevel=2)
 
     def delta(self, layer: str) -> Tensor:
         """ΔW of a layer with its scale, float32 (float64 for float64 factors), shaped as the layer's weight.

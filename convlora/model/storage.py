@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from convlora.adapter.adapter import Adapter
+from convlora.adapter.cast import cast_adapter
 from convlora.adapter.fingerprint import base_fingerprint, compare_bases
 from convlora.adapter.parts import LayerFactors, tensor_key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
@@ -116,7 +117,8 @@ def save(
     The file holds the factors, the copies of `modules_to_save`, and the running statistics that have moved. A warning
     names what has changed outside of any adapter, and so is not in it: see `convlora.changed`.
 
-    `dtype`: of the tensors in the file; float16 or bfloat16 halve it. Of several processes with one model the first
+    `dtype`: of the tensors in the file; float16 or bfloat16 halve it, and a warning names what is too small for them,
+    as in `Adapter.to`. Of several processes with one model the first
     writes. Under FSDP2 all of them have to call it, and each goes on once the file is there; under DDP the others do
     not wait.
 
@@ -131,7 +133,7 @@ def save(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = save(model, f"{folder}/rain.safetensors")
     """
-    taken = _take(model, name, copy=False).to(dtype)
+    taken = cast_adapter(_take(model, name, copy=False), dtype, "save", stacklevel=2)
     warn_of_changed(unwrap_model(model, "save"), "save", stacklevel=2)
     mesh = device_mesh_of(model)
     first = is_first_rank(model, mesh)
