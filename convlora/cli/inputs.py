@@ -13,8 +13,11 @@ from convlora.adapter.adapter import Adapter
 from convlora.adapter.checkpoint import state_dict_misfits
 from convlora.adapter.fingerprint import BaseMatch, compare_bases
 from convlora.adapter.parts import tensor_key
-from convlora.cli.architecture import layers_of, with_checkpoint_names
-from convlora.errors import ConvLoRAError
+from convlora.adapter.training import take_apart
+from convlora.cli.architecture import layers_of, recognise_architecture, with_checkpoint_names
+from convlora.config import AdapterConfig
+from convlora.errors import ConvLoRAError, one_line
+from convlora.formats import specs_of
 from convlora.formats.checkpoints import Checkpoint
 from convlora.targets import nearest_names
 
@@ -31,6 +34,32 @@ def read_adapter(
         if format == "loralib" and rank is None and alpha is None:
             raise ConvLoRAError(f"{error}; `convlora convert` takes --alpha, --rank and --base") from None
         raise
+
+
+def read_training_checkpoint(path: Path, config: Path, name: str | None) -> Adapter:
+    """The adapter in a checkpoint that a training wrote of a model with adapters.
+
+    Args:
+        config: the `AdapterConfig`, as JSON or as an adapter file has it.
+        name: of the adapter, if not the one in the config.
+    """
+    state = Checkpoint.read(path).state
+    known = recognise_architecture(take_apart(state).base)
+    specs = {} if known is None else specs_of(known.model)
+    fitting = {p: spec for p, spec in specs.items() if getattr(state.get(f"{p}.weight"), "shape", ()) == spec.shape}
+    stated = read_config(config)
+    return Adapter.from_state_dict(state, stated if name is None else stated.replace(name=name), specs=fitting)
+
+
+def read_config(path: Path) -> AdapterConfig:
+    """An `AdapterConfig` as JSON, or that of an adapter file."""
+    if path.suffix.lower() != ".json":
+        return formats.read(path).config
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConvLoRAError(f"read: '{path}' cannot be read ({one_line(error)})") from None
+    return AdapterConfig.from_json(text)
 
 
 def read_base(path: Path | None) -> Checkpoint | None:

@@ -24,6 +24,7 @@ from convlora.cli.inputs import (
     per_adapter,
     read_adapter,
     read_base,
+    read_training_checkpoint,
     size_in_bytes,
 )
 from convlora.cli.options import Adapters, Base, BaseOption, Energy, File, Force, Form, Json, Name, Out, Rank
@@ -213,6 +214,12 @@ def convert(
     alpha: Annotated[
         float | None, typer.Option("--alpha", metavar="X", help="`lora_alpha` of a loralib FILE or OUT.")
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="JSON", help="Of a training checkpoint FILE: its AdapterConfig, or an adapter."
+        ),
+    ] = None,
     base: BaseOption = None,
     force: Force = False,
     as_json: Json = False,
@@ -224,16 +231,25 @@ def convert(
     microsoft/LoRA. From `convlora` factors to the first two, a k×k layer of rank r needs up to k²·r ranks; `resize`
     lowers them.
 
+    FILE may be a training checkpoint of a whole model with adapters, too. --config says what `inject` was given: the
+    JSON of `AdapterConfig.to_json`, or an adapter of the same config; --name says which adapter, if not the one there.
+
     \b
     Examples:
       convlora convert rain.safetensors --to locon -o rain-locon.safetensors
       convlora convert rain-locon.safetensors --to convlora --base span.safetensors -o again.safetensors
       convlora convert rain.safetensors --to convlora --dtype float16 -o half.safetensors
+      convlora convert last.ckpt --config config.json --to convlora -o last.safetensors
     """
-    check_output(out, [file, base], force, "convert", [] if to == "peft" else _suffixes(to))
+    check_output(out, [file, base, config], force, "convert", [] if to == "peft" else _suffixes(to))
     checkpoint = read_base(base)
-    reading = formats.detect(file)
-    adapter = read_adapter(file, checkpoint, rank=rank, alpha=alpha if reading == "loralib" else None, name=name)
+    reading = formats.detect(file) if config is None else "checkpoint"
+    if config is None:
+        adapter = read_adapter(file, checkpoint, rank=rank, alpha=alpha if reading == "loralib" else None, name=name)
+    elif rank is not None:
+        raise ConvLoRAError("convert: --rank is for loralib files; of a training checkpoint --config says the ranks")
+    else:
+        adapter = read_training_checkpoint(file, config, name)
     form = NEEDED.get(to, factors or adapter.config.factors)
     if factors not in (None, form):
         raise ConvLoRAError(f"convert: {to} files hold {form!r} factors only; leave --factors out")
