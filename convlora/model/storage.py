@@ -41,6 +41,7 @@ from convlora.model.inject import (
     plan_statistics,
 )
 from convlora.model.outside import warn_of_changed
+from convlora.model.places import departed_modules, shown_names, warn_of_departed
 from convlora.model.switch import Names, using
 from convlora.model.traversal import (
     adapted_modules,
@@ -59,7 +60,8 @@ M = TypeVar("M", bound=nn.Module)
 def adapter(model: nn.Module, name: str | None = None) -> Adapter:
     """An adapter of the model as a value: its tensors copied to the CPU, detached from the model.
 
-    Warns of what has changed outside of any adapter, and so is not in it: see `convlora.changed`.
+    Warns of what has changed outside of any adapter, and so is not in it: see `convlora.changed`; and of adapted
+    layers that have left the model since `inject`, replaced or deleted.
 
     Under FSDP2 every process has to call it, and each gets the whole adapter.
 
@@ -73,7 +75,7 @@ def adapter(model: nn.Module, name: str | None = None) -> Adapter:
         ['lora_A', 'lora_B']
     """
     taken = _take(model, name, copy=True)
-    warn_of_changed(unwrap_model(model, "adapter"), "adapter", stacklevel=2)
+    _warn_of_lost(model, taken.config.name, "adapter")
     return taken
 
 
@@ -100,6 +102,10 @@ def _take(model: nn.Module, name: str | None, copy: bool) -> Adapter:
             modules |= {p: held for p in (path, *aliases) if held}
     if len(kinds) > 1:
         raise ConvLoRAError(f"adapter: parts of {name!r} differ ({sorted(kinds)}); give each part a name of its own")
+    if not layers and (departed := departed_modules(root, name)):
+        raise ConvLoRAError(
+            f"adapter: {name!r} has no layer any more; {shown_names(departed)}, which had it, left since inject"
+        )
     base = {path: layer for layer, (path, *_) in paths.items() if path in layers}
     return Adapter(config, layers, base_fingerprint(_base_weights(base)), modules=modules)
 
@@ -115,7 +121,8 @@ def save(
     """Write an adapter of the model to a `.safetensors` file, atomically. Returns the model.
 
     The file holds the factors, the copies of `modules_to_save`, and the running statistics that have moved. A warning
-    names what has changed outside of any adapter, and so is not in it: see `convlora.changed`.
+    names what has changed outside of any adapter, and so is not in it: see `convlora.changed`; and adapted layers that
+    have left the model since `inject`, replaced or deleted.
 
     `dtype`: of the tensors in the file; float16 or bfloat16 halve it, and a warning names what is too small for them,
     as in `Adapter.to`. Of several processes with one model the first
@@ -134,7 +141,7 @@ def save(
         ...     _ = save(model, f"{folder}/rain.safetensors")
     """
     taken = cast_adapter(_take(model, name, copy=False), dtype, "save", stacklevel=2)
-    warn_of_changed(unwrap_model(model, "save"), "save", stacklevel=2)
+    _warn_of_lost(model, taken.config.name, "save")
     mesh = device_mesh_of(model)
     first = is_first_rank(model, mesh)
     on_all_ranks(mesh, lambda: taken.write(path) if first else None)
@@ -375,5 +382,12 @@ def merged_state_dict(model: nn.Module, names: Names | None = None) -> dict[str,
                     problems.non_finite.append(tensor_key(path, kind))
                 kept[tensor_key(path, kind)] = value.detach().clone()
     problems.raise_if_any("merged_state_dict")
-    warn_of_changed(root, "merged_state_dict", stacklevel=2)
+    _warn_of_lost(root, None, "merged_state_dict")
     return kept
+
+
+def _warn_of_lost(model: nn.Module, name: str | None, operation: str) -> None:
+    """What no adapter holds and has changed, and what has left the model with the adapter on it."""
+    root = unwrap_model(model, operation)
+    warn_of_changed(root, operation, stacklevel=3)
+    warn_of_departed(root, name, operation, stacklevel=3)
