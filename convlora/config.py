@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from fnmatch import fnmatchcase
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from convlora.errors import ConvLoRAError
 from convlora.support.jsontext import parse_json
 
-V = TypeVar("V")
 Target: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Sequence[Target]"
 
@@ -219,36 +216,3 @@ def _alpha(field: str, value: Any) -> float:
 
 def _fail(field: str, value: Any, must_be: str) -> None:
     raise ConvLoRAError(f"AdapterConfig: {field} (={value!r}) must be {must_be}")
-
-
-def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether a pattern selects a dotted name: a glob, from any dot on, or `re:` and a full-match expression.
-
-    Example:
-        >>> pattern_matches("conv1", "layer2.0.conv1"), pattern_matches("block_*.c?_r", "block_1.c3_r")
-        (True, True)
-        >>> pattern_matches(r"re:b\\d", "b12")
-        False
-    """
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    if is_literal(pattern):
-        return name == pattern or name.endswith(f".{pattern}")
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
-
-
-def is_literal(pattern: str) -> bool:
-    """Whether a pattern is a name, without anything that stands for others."""
-    return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")
-
-
-def value_of_layer(values: Mapping[str, V] | None, default: V, name: str) -> V:
-    """The value of a layer by `{pattern: value}`, the last matching pattern wins.
-
-    Example:
-        >>> value_of_layer({"body.*": 8, "body.0": 2}, 4, "body.0"), value_of_layer(None, 4, "head")
-        (2, 4)
-    """
-    hits = [value for pattern, value in (values or {}).items() if pattern_matches(pattern, name)]
-    return hits[-1] if hits else default

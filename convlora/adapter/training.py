@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,14 +13,16 @@ from torch import Tensor
 from convlora.adapter.fingerprint import base_fingerprint
 from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, tensor_key
 from convlora.adapter.specs import is_layer_weight
-from convlora.config import CHILD, AdapterConfig, pattern_matches, value_of_layer
+from convlora.config import CHILD, AdapterConfig
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import Factorization, WeightSpec, get_factors
+from convlora.support.patterns import checked_match, value_of_layer
 
 OPERATION = "Adapter.from_state_dict"
 A = TypeVar("A", bound=AdapterParts)
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, DDP and AveragedModel; torch.compile
+_SCALE = "lora_scale"  # beside the factors, where a checkpoint states it
 # Where a layer keeps its weight, or that from which a norm, a pruning or a parametrization computes it.
 _WEIGHTS = (
     "weight",
@@ -129,19 +132,23 @@ def _layers(
         if not isinstance(weight, Tensor):
             problems.missing.append(tensor_key(path, "weight"))
             continue
-        rank = value_of_layer(config.ranks, config.rank, first)
-        alpha = value_of_layer(config.alphas, config.alpha, first)
+        rank = value_of_layer(config.ranks, config.rank, first, OPERATION)
+        given = value_of_layer(config.alphas, config.alpha, first, OPERATION)
+        alpha = float(rank if given is None else given)
+        tensors = {name: tensor for name, tensor in entries[path].items() if name != _SCALE}
+        stated = entries[path].get(_SCALE)
+        if rank and stated is not None and not math.isclose(stated, config.scale(rank, alpha), rel_tol=0.01):
+            scale = config.scale(rank, alpha)
+            problems.mismatched.append(f"{path} has scale {float(stated):g}, by the config {scale:g}")
         noted = state.metadata.get(tensor_key(path, f"{CHILD}.{config.name}"), {})
-        fits = _fitting_specs(path, weight, entries[path], state.base, factorization, rank, config, problems)
+        fits = _fitting_specs(path, weight, tensors, state.base, factorization, rank, config, problems)
         known = specs.get(path) or _noted_spec(weight, noted)
         if known is not None and fits and known not in fits:
             problems.mismatched.append(f"{path} has factors of another layer than {known}")
         elif fits:
             unclear += [path] if known is None and len({spec.transposed for spec in fits}) > 1 else []
-            layers[path] = LayerFactors(
-                entries[path], known or fits[0], rank, float(rank if alpha is None else alpha), tuple(aliases)
-            )
-        _check_bias(path, entries[path], state.base, config, problems)
+            layers[path] = LayerFactors(tensors, known or fits[0], rank, alpha, tuple(aliases))
+        _check_bias(path, tensors, state.base, config, problems)
     if unclear and not problems:
         warnings.warn(
             f"{OPERATION}: {len(unclear)} layers (first: '{unclear[0]}') count as convolutions, and could be transposed"
@@ -215,19 +222,20 @@ def _check_targets(
     excludes: Any = config.exclude
     if not all(isinstance(target, str) for target in (*targets, *excludes)):
         return
-    if not any(pattern_matches(target, path) for target in targets for path in adapted):
+    if not any(checked_match(target, path, OPERATION) for target in targets for path in adapted):
         problems.unexpected += [f"{path} (the config's targets select another layer)" for path in sorted(adapted)]
     layers = [str(key).rpartition(".weight")[0] for key, value in base.items() if _is_layer_weight(str(key), value)]
     absent = [
         path
         for path in layers
         if path not in adapted | copied
-        and value_of_layer(config.ranks, config.rank, path)
-        and not any(pattern_matches(pattern, path) for pattern in excludes)
+        and value_of_layer(config.ranks, config.rank, path, OPERATION)
+        and not any(checked_match(pattern, path, OPERATION) for pattern in excludes)
     ]
     for target in targets:
-        if not any(pattern_matches(target, path) for path in adapted | copied):
-            problems.missing += [f"{path} (of target '{target}')" for path in absent if pattern_matches(target, path)]
+        if not any(checked_match(target, path, OPERATION) for path in adapted | copied):
+            selected = [path for path in absent if checked_match(target, path, OPERATION)]
+            problems.missing += [f"{path} (of target '{target}')" for path in selected]
 
 
 def _is_layer_weight(key: str, value: Any) -> bool:
@@ -284,7 +292,7 @@ def _is_saved(path: str, config: AdapterConfig) -> bool:
 
 def _is_at_or_below(path: str, pattern: str) -> bool:
     parts = path.split(".")
-    return any(pattern_matches(pattern, ".".join(parts[:end])) for end in range(len(parts) + 1))
+    return any(checked_match(pattern, ".".join(parts[:end]), OPERATION) for end in range(len(parts) + 1))
 
 
 def _as_plain_data(config: AdapterConfig, layers: Mapping[str, Any], modules: Entries) -> AdapterConfig:

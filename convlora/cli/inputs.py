@@ -19,7 +19,7 @@ from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError, one_line
 from convlora.formats import specs_of
 from convlora.formats.checkpoints import Checkpoint
-from convlora.targets import nearest_names
+from convlora.support.patterns import nearest_names
 
 
 def read_adapter(

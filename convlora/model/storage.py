@@ -52,7 +52,8 @@ from convlora.model.traversal import (
     require_adapters,
     unwrap_model,
 )
-from convlora.targets import is_part_of_adapter, nearest_names
+from convlora.support.patterns import nearest_names
+from convlora.targets import is_part_of_adapter
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -176,6 +176,13 @@ def test_a_config_with_classes_gets_the_names() -> None:
     assert list(taken(again).layers) == list(adapter.layers)
 
 
+def test_a_scale_that_the_checkpoint_states_is_no_factor() -> None:
+    model = adapted_net(rank=2, alpha=3)
+    state = {**model.state_dict(), "0.convlora.default.lora_scale": torch.tensor(1.5)}
+    adapter = Adapter.from_state_dict(state, config_of(model), specs=formats.specs_of(model))
+    assert list(adapter.layers["0"].tensors) == ["lora_A", "lora_B"]
+
+
 def test_a_norm_in_the_base_leaves_the_fingerprint_unknown() -> None:
     layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
     model = randomise(convlora.inject(nn.Sequential(layer, nn.Conv2d(8, 3, 3)), "*", rank=1))
@@ -248,6 +255,10 @@ WRONG: dict[str, tuple[Callable[[StateDict], Any], dict[str, Any], str]] = {
     "on the meta device": (lambda state: {k: v.to("meta") for k, v in state.items()}, {}, "not whole tensors"),
     "not finite": (
         replace_value("0.convlora.rain.lora_A", torch.full((6, 9), float("nan"))), {}, "non-finite: 0.lora_A"
+    ),
+    "another scale": (
+        replace_value("0.convlora.rain.lora_scale", torch.tensor(0.5)), {},
+        "mismatched: 0 has scale 0.5, by the config 1",
     ),
     "an unknown tensor": (
         replace_value("0.convlora.rain.lora_C", torch.zeros(1)), {}, "no 'convlora' factors of a weight (8, 3, 3, 3)"

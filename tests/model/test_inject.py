@@ -118,7 +118,7 @@ FAILING = {
     "class that selects nothing": ({"targets": [nn.Conv3d]}, "target Conv3d selects no layer"),
     "callable that selects nothing": ({"targets": [lambda name, module: False]}, "selects no layer"),
     "everything excluded": ({"targets": ["0"], "exclude": ["0"]}, "exclude leaves no layer"),
-    "ranks pattern": ({"targets": ["0"], "ranks": {"3": 2}}, "ranks pattern '3' matches none of the selected layers"),
+    "ranks pattern": ({"targets": ["0"], "ranks": {"3": 2}}, "ranks pattern '3' matches none of the layers"),
     "alphas pattern": ({"targets": ["0"], "alphas": {"x": 2}}, "alphas pattern 'x' matches none"),
     "all ranks zero": ({"targets": ["0"], "ranks": {"0": 0}}, "every selected layer has rank 0"),
     "negative rank": ({"targets": ["0"], "rank": -1}, r"rank \(=-1\) must be"),
