@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from convlora.adapter.checkpoint import is_layer_weight
 from convlora.adapter.fingerprint import base_fingerprint
 from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, tensor_key
-from convlora.adapter.specs import is_layer_weight
 from convlora.config import CHILD, AdapterConfig
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import Factorization, WeightSpec, get_factors

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from convlora.adapter.adapter import Adapter
+from convlora.adapter.checkpoint import specs_from_checkpoint as specs_from_checkpoint
 from convlora.adapter.file import FORMAT, read_adapter, write_adapter
-from convlora.adapter.specs import specs_from_checkpoint as specs_from_checkpoint
 from convlora.config import CHILD
 from convlora.errors import ConvLoRAError, Problems, one_line
 from convlora.factors.base import WeightSpec
