@@ -8,7 +8,7 @@ Tensor keys are `<layer path>.lora_A`, `<layer path>.lora_B` (`.lora_bias`), or 
 - `layers`: JSON `{path: [rank, alpha, weight shape, groups, transposed, [alias paths]]}`, trailing defaults left out;
 - `modules`, from version 2 on: JSON `{module path: [tensor names]}` of the copies;
 - `fingerprint`: of the base weights that were adapted, if known;
-- `base_summary`: a few sums of them, JSON, which tell a rounded base from another one; earlier releases pass over it;
+- `base_summary`: a few sums of them, JSON, which tell a rounded base from another one; other releases may pass over it;
 - `checksum`: SHA-256 over all of the above and over names, dtypes, shapes and bytes of the tensors.
 """
 
@@ -95,10 +95,14 @@ def read_adapter(make: type[A], path: str | os.PathLike[str]) -> A:
 
 
 def _fingerprint(metadata: Mapping[str, str]) -> str | None:
+    """The fingerprint with its summary; without one that this release does not know."""
     digest, summary = metadata.get("fingerprint"), metadata.get("base_summary")
     if digest is None or summary is None:
         return digest
-    summary_from_json(summary)
+    try:
+        summary_from_json(summary)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return digest
     return Fingerprint(digest, summary)
 
 

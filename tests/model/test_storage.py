@@ -159,13 +159,16 @@ def test_a_base_in_another_precision_is_said_to_be_one(saved: Saved, dtype: torc
             convlora.load(model, path)
 
 
-def test_a_file_without_a_summary_of_the_base_reads_as_before(saved: Saved) -> None:
+@pytest.mark.parametrize("summary", [None, "", "[", "[1]", '{"dtype":"float32","sums":[1,2]}', '{"dtype":1,"sums":3}'])
+def test_a_file_without_a_summary_of_the_base_that_is_known_reads_as_before(saved: Saved, summary: str | None) -> None:
     _, base, path = saved
 
-    def forget(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    def change(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         del metadata["base_summary"]
+        if summary is not None:
+            metadata["base_summary"] = summary
 
-    rewrite(path, forget)
+    rewrite(path, change)
     convlora.load(copy.deepcopy(base), path)
     with torch.no_grad():
         base[3].weight[-1, -1, -1, -1] += 1e-6
