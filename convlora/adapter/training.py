@@ -102,8 +102,12 @@ def take_apart(state_dict: Mapping[str, Any]) -> TrainingState:
             adapters.setdefault(name, {}).setdefault(path[1:], {})[tensor] = value
         else:
             base[inner] = value
-    noted = getattr(state_dict, "_metadata", {})
-    return TrainingState(base, adapters, {key.removeprefix(prefix): value for key, value in noted.items()})
+    metadata: dict[str, Mapping[str, Any]] = {}
+    for key, noted in getattr(state_dict, "_metadata", {}).items():
+        bare = re.sub(f"^({'|'.join(map(re.escape, _WRAPPERS))})+", "", key)  # trainers take prefixes off keys alone
+        for name in (key.removeprefix(prefix), bare):
+            metadata.setdefault(name, noted)
+    return TrainingState(base, adapters, metadata)
 
 
 def _values(value: Any, path: str, problems: Problems) -> Tensor:

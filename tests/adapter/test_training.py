@@ -166,6 +166,14 @@ def test_prefixes_of_wrappers_are_left_out() -> None:
         assert_equal(Adapter.from_state_dict(through_a_file(wrapper.state_dict()), config_of(model)), expected)
 
 
+def test_a_trainer_may_take_the_prefix_off_the_keys_alone() -> None:
+    model = convlora.inject(nn.Sequential(nn.ConvTranspose2d(4, 4, 3)), "0", rank=1)
+    state = nn.DataParallel(randomise(model)).state_dict()
+    for key in list(state):
+        state[key.removeprefix("module.")] = state.pop(key)
+    assert_equal(Adapter.from_state_dict(through_a_file(state), config_of(model)), taken(model))
+
+
 def test_a_config_with_classes_gets_the_names() -> None:
     model = by_classes()
     given = AdapterConfig(targets=nn.Conv2d, rank=1, modules_to_save=nn.Linear)
