@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, tensor_key
+from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, refuse_weight, tensor_key
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors.base import Factorization, WeightSpec, get_factors
@@ -50,8 +50,21 @@ def factorization_with(name: str, method: str, operation: str) -> Any:
     """
     factorization = get_factors(name)
     if not callable(getattr(factorization, method, None)):
-        raise ConvLoRAError(f"{operation}: factorization {name!r} cannot do this; give its class a method '{method}'")
+        remedy = "bring it to 'locon' by adapter.refactor first, or " if method == "join" else ""
+        raise ConvLoRAError(
+            f"{operation}: factorization {name!r} cannot do this; {remedy}give its class a method '{method}'"
+        )
     return factorization
+
+
+def refuse_free_rank(factors: str, operation: str, remedy: str) -> None:
+    """Refuse what takes or adds components one by one.
+
+    Raises:
+        ConvLoRAError: the rank of the factorization counts none.
+    """
+    if getattr(get_factors(factors), "free_rank", False):
+        raise ConvLoRAError(f"{operation}: the rank of {factors!r} factors counts no components of ΔW; {remedy}")
 
 
 def assemble(
@@ -101,6 +114,7 @@ def combine(adapters: Sequence[A], weights: Sequence[float]) -> A:
             f"Adapter.combine: the factorizations differ ({', '.join(kinds)}); "
             f"bring all to one first: adapter.refactor({kinds[0]!r})"
         )
+    refuse_weight(kinds[0], "Adapter.combine")
     factorization = factorization_with(kinds[0], "join", "Adapter.combine")
     layers = {
         path: _sum(factorization, [(adapters[i].config, layer, weights[i]) for i, layer in summands.items()])
@@ -186,6 +200,8 @@ def _sum(factorization: Any, summands: Sequence[tuple[AdapterConfig, LayerFactor
 def resize(adapter: A, rank: int | None, energy: float | None) -> A:
     """See `Adapter.resize`."""
     choose = rank_chooser("Adapter.resize", rank, energy)
+    refuse_weight(adapter.config.factors, "Adapter.resize")
+    refuse_free_rank(adapter.config.factors, "Adapter.resize", "adapter.refactor('locon', rank=…) cuts the update")
     layers, errors = {}, {}
     for path, layer in counted_steps(adapter.layers.items()):
         errors[path] = 0.0
@@ -214,9 +230,10 @@ def refactor(adapter: A, factors: str, rank: int | None, energy: float | None) -
     """See `Adapter.refactor`."""
     limited = rank is not None or energy is not None
     choose = rank_chooser("Adapter.refactor", rank, energy if limited else 1.0)
-    target = factorization_with(factors, "fit", "Adapter.refactor")
     if factors == adapter.config.factors:
         return resize(adapter, rank, energy) if limited else adapter
+    refuse_weight(adapter.config.factors, "Adapter.refactor")
+    target = factorization_with(factors, "fit", "Adapter.refactor")
     config = adapter.config.replace(factors=factors, init="default")
     layers, errors = {}, {}
     for path, layer in counted_steps(adapter.layers.items()):

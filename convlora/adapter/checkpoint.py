@@ -18,11 +18,12 @@ from convlora.adapter.parts import (
     LayerFactors,
     at_least_float32,
     layer_delta,
+    refuse_weight,
     tensor_key,
 )
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
-from convlora.factors.base import WeightSpec
+from convlora.factors.base import WeightSpec, get_factors, needs_weight
 from convlora.factors.fuse import fuse_weight, fuse_weight_exactly, is_finite, mixture
 from convlora.factors.svd import rank_chooser
 from convlora.support.progress import counted_steps
@@ -66,7 +67,7 @@ def apply_adapters(
             problems.mismatched.append(f"{name} has another shape than the base's: a copy acts at strength 1 and alone")
             continue
         else:
-            updates = [_change(name, *part, exact).to(base.device) for part in parts.values()]
+            updates = [_change(name, base, *part, exact).to(base.device) for part in parts.values()]
             stored = [(copy.to(base.device, base.dtype), share) for copy, share in owned]
             start, mixed_in = mixture(base.detach(), stored, exact)
             merged[name] = (fuse_weight_exactly if exact else fuse_weight)(start, [*updates, *mixed_in])
@@ -120,8 +121,13 @@ def _kinds(layer: LayerFactors) -> tuple[str, ...]:
     return ("weight", "bias") if BIAS_DELTA in layer.tensors else ("weight",)
 
 
-def _change(name: str, adapter: AdapterParts, layer: LayerFactors, strength: float, exact: bool) -> Tensor:
+def _change(
+    name: str, base: Tensor, adapter: AdapterParts, layer: LayerFactors, strength: float, exact: bool
+) -> Tensor:
     if name.endswith("weight"):
+        if needs_weight(get_factors(adapter.config.factors)):
+            device = next(iter(layer.tensors.values())).device
+            return layer_delta(adapter.config, layer, strength, exact, base.detach().to(device))
         return layer_delta(adapter.config, layer, strength, exact)
     return (layer.tensors[BIAS_DELTA].double() if exact else at_least_float32(layer.tensors[BIAS_DELTA])) * strength
 
@@ -138,6 +144,7 @@ def extract_adapter(
 ) -> A:
     """See `Adapter.extract`."""
     choose = rank_chooser(OPERATION, rank, energy)
+    refuse_weight(factors, OPERATION)
     factorization = factorization_with(factors, "fit", OPERATION)
     config = AdapterConfig(targets="*", factors=factors, name=name)
     differing, left_out = _compare(base, tuned)

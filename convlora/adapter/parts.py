@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems
-from convlora.factors.base import WeightSpec, get_factors
+from convlora.factors.base import WeightSpec, get_factors, needs_weight, scaled_update
 from convlora.factors.fuse import is_finite
 
 BIAS_DELTA = "lora_bias"
@@ -76,11 +76,31 @@ class AdapterParts:
         problems.raise_if_any("Adapter")
 
 
-def layer_delta(config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False) -> Tensor:
-    """ΔW of a layer with its scale and a strength, in the computation and the order of an adapted layer."""
+def layer_delta(
+    config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False, base: Tensor | None = None
+) -> Tensor:
+    """ΔW of a layer with its scale and a strength, in the computation and the order of an adapted layer.
+
+    `base`: the base weight, for factors that depend on it.
+    """
     factors = {name: t.double() if exact else at_least_float32(t) for name, t in layer.tensors.items()}
-    delta = layer.spec.from_convolution(get_factors(config.factors).delta(factors, layer.spec))
-    return delta * (strength * config.scale(layer.rank, layer.alpha))
+    if base is not None and exact:
+        base = base.double()
+    scale = config.scale(layer.rank, layer.alpha)
+    return scaled_update(get_factors(config.factors), factors, layer.spec, scale, strength, base)
+
+
+def refuse_weight(factors: str, operation: str) -> None:
+    """Refuse what needs an update that is the same on every base.
+
+    Raises:
+        ConvLoRAError: the factorization's update depends on the base weight.
+    """
+    if needs_weight(get_factors(factors)):
+        raise ConvLoRAError(
+            f"{operation}: the update of {factors!r} factors depends on the base's weights, which are not at hand;"
+            " Adapter.apply_to gives merged ones, and Adapter.extract(base, merged) their difference as an adapter"
+        )
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from convlora.errors import ConvLoRAError
@@ -67,16 +66,24 @@ class WeightSpec:
         grouped = delta.view(self.groups, out, inner, *self.kernel)
         return grouped.transpose(1, 2).reshape(self.shape)
 
-    def to_convolution(self, delta: Tensor) -> Tensor:
-        """An update in the order of the layer's weight in convolution order: the inverse of `from_convolution`."""
+    def to_convolution(self, stored: Tensor) -> Tensor:
+        """A weight, or an update, as the layer stores it in convolution order: the inverse of `from_convolution`."""
         if not self.transposed:
-            return delta
-        return rearrange(delta, "(g i) o ... -> (g o) i ...", g=self.groups)
+            return stored
+        # "(g i) o ... -> (g o) i ...": a view where there are no groups
+        return stored.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 @runtime_checkable
 class Factorization(Protocol):
     """A way to write ΔW with few numbers. Stateless; register an instance or a class with `register_factors`.
+
+    What a class may say beside the methods; all are False where it does not:
+
+    - `needs_weight = True`: the update depends on the base weight W; see `SeesWeight` for the arguments it gets.
+    - `forms_again = True`: `delta` makes tensors as large as W that backward needs; it then forms them again.
+    - `free_rank = True`: `rank` counts no components of ΔW that could be cut or added one by one, so that ranks cannot
+      be allocated, nor an adapter resized.
 
     Example:
         >>> import torch, convlora
@@ -109,12 +116,59 @@ class Factorization(Protocol):
         """The factors with rank component i multiplied by `keep[i]`; `keep` is `(rank,)`."""
 
 
+class SeesWeight(Protocol):
+    """A factorization whose update depends on the base weight: `needs_weight = True`, and two methods get W.
+
+    `weight` is `(out, in/groups, *kernel)`, in the dtype of the layer. A strength multiplies what `delta` gives.
+    """
+
+    needs_weight: bool
+
+    def init_(self, factors: Mapping[str, Tensor], method: str, weight: Tensor) -> None:
+        """Fill the factors in place so that the change of `weight` is 0. `method` is one of `inits`."""
+
+    def delta(self, factors: Mapping[str, Tensor], spec: WeightSpec, weight: Tensor, scale: float | Tensor) -> Tensor:
+        """The whole change of `weight`, with the scale inside, with its elements in their order."""
+
+
+def needs_weight(factorization: Factorization) -> bool:
+    """Whether the update depends on the base weight: see `SeesWeight`."""
+    return bool(getattr(factorization, "needs_weight", False))
+
+
+def start_factors(
+    factorization: Factorization, factors: Mapping[str, Tensor], method: str, spec: WeightSpec, weight: Tensor | None
+) -> None:
+    """Fill factors in place so that they change nothing; `weight`, as the layer stores it, where they depend on it."""
+    if not needs_weight(factorization):
+        return factorization.init_(factors, method)
+    assert weight is not None
+    return cast("SeesWeight", factorization).init_(factors, method, spec.to_convolution(weight))
+
+
+def scaled_update(
+    factorization: Factorization,
+    factors: Mapping[str, Tensor],
+    spec: WeightSpec,
+    scale: float | Tensor,
+    strength: float | Tensor,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """`strength · scale · ΔW`, or `strength` times the change of `weight`; in the order of the layer's weight."""
+    if not needs_weight(factorization):
+        return spec.from_convolution(factorization.delta(factors, spec)) * (strength * scale)
+    assert weight is not None
+    change = cast("SeesWeight", factorization).delta(factors, spec, spec.to_convolution(weight), scale)
+    return spec.from_convolution(change) * strength
+
+
 _REGISTRY: dict[str, Factorization] = {}  # the shipped ones are registered by the package
 
 # A factor's tensor becomes a parameter of the module that holds the factors: these names it has already.
 _RESERVED = frozenset(dir(nn.Module())) | {
-    "alpha", "config", "configure", "copy_", "drops", "factorization", "factors", "follow", "in_float64", "lora_bias",
-    "rank", "reset_parameters", "scale", "set_strength", "spec", "strength", "tensor_names", "updates", "was_loaded",
+    "alpha", "config", "configure", "copy_", "drops", "factorization", "factors", "follow", "in_float64", "is_at_start",
+    "lora_bias", "needs_weight", "rank", "reset_parameters", "scale", "set_strength", "spec", "strength",
+    "tensor_names", "updates", "was_loaded",
 }  # fmt: skip
 
 
@@ -154,8 +208,9 @@ def _try_out(name: str, candidate: Factorization) -> None:
     if "default" not in candidate.inits:
         raise ConvLoRAError(f"register_factors: {name!r} needs an init named 'default', it has {candidate.inits!r}")
     factors = {tensor: torch.full(shape, torch.nan) for tensor, shape in shapes.items()}
-    candidate.init_(factors, "default")
-    delta = candidate.delta(candidate.drop(factors, torch.ones(2)), spec)
+    weight = torch.linspace(-1, 1, math.prod(spec.shape)).view(spec.shape)
+    start_factors(candidate, factors, "default", spec, weight)
+    delta = scaled_update(candidate, candidate.drop(factors, torch.ones(2)), spec, 1.0, 1.0, weight)
     if delta.numel() != math.prod(spec.shape) or bool(delta.ne(0).any()):
         raise ConvLoRAError(f"register_factors: {name!r} does not start at ΔW = 0 of {math.prod(spec.shape)} elements")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,7 +135,8 @@ def _reset_parameters(self: Any) -> None:
     slot = slot_of(self)
     active, slot.active = slot.active, ()
     try:
-        self._convlora_base.reset_parameters(self)
+        with _restarting(self, slot.names()):
+            self._convlora_base.reset_parameters(self)
     finally:
         slot.active = active
 
@@ -294,11 +295,29 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
 def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
     """A base checkpoint that comes after `inject` reaches the copies, too, while nothing was trained."""
     slot = slot_of(self)
-    with choosing([slot], Choice({})):  # what `assign=True` assigns is the base's
+    absent = {n for n in slot.names() if not any(key.startswith(f"{prefix}{CHILD}.{n}.") for key in state_dict)}
+    with _restarting(self, absent), choosing([slot], Choice({})):  # what `assign=True` assigns is the base's
         self._convlora_base._load_from_state_dict(self, state_dict, prefix, *rest)
     for name, copies in slot.copies().items():
-        if not any(key.startswith(f"{prefix}{CHILD}.{name}.") for key in state_dict):
+        if name in absent:
             copies.follow_base(own_tensors(self))
+
+
+@contextlib.contextmanager
+def _restarting(layer: Any, names: Container[str]) -> Iterator[None]:
+    """Factors that depend on the base weight start anew on the one that the block brings, while nothing was trained."""
+    found = [low_rank for name, low_rank in slot_of(layer).low_ranks().items() if low_rank.needs_weight and name in names]
+    parts = [layer._parameters.get("weight"), *(p for low_rank in found for p in low_rank.parameters())]
+    if not found or any(p is None or is_sharded(p) for p in parts):
+        yield
+        return
+    with torch.no_grad():
+        started = [low_rank for low_rank in found if parts[0].is_meta or low_rank.is_at_start(parts[0])]
+    yield
+    weight = layer._parameters["weight"]
+    for low_rank in started:
+        if not weight.is_meta and not any(p.is_meta for p in low_rank.parameters()):
+            low_rank.reset_parameters(weight)
 
 
 def _register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:

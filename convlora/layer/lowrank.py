@@ -9,15 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
-from convlora.factors.base import Factorization, WeightSpec, get_factors
+from convlora.factors.base import Factorization, WeightSpec, get_factors, needs_weight, scaled_update, start_factors
+from convlora.layer.again import forming_again, forms_again
 from convlora.layer.loading import AdapterTensors
 from convlora.layer.sharded import sharded_like
 
 
 class LowRank(AdapterTensors):
-    """The factors of one adapter on one layer; calling it gives the scaled update of `weight` or `bias`."""
+    """The factors of one adapter on one layer; calling it gives the scaled update of `weight` or `bias`.
+
+    `base`: the layer's weight without adapters, where the factorization needs it to start (of a shard, the whole one).
+    """
 
     _gain: Tensor
+    _scale: Tensor
     _bias_gain: Tensor | None
     lora_bias: Tensor | None
 
@@ -31,11 +36,13 @@ class LowRank(AdapterTensors):
         device: torch.device,
         factors: Mapping[str, Tensor] | None = None,
         bias: bool = False,
+        base: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config, self.spec, self.rank, self.alpha = config, spec, rank, alpha
         self.strength = 1.0
-        self._has_bias = bias  # a plain attribute: asked at every read of a bias
+        self._has_bias = bias  # plain attributes: asked at every read of a bias or weight
+        self.needs_weight = needs_weight(self.factorization)
         given = factors or {}
         self._tensors = tuple(self.factorization.shapes(spec, rank))
         for name, shape in self.factorization.shapes(spec, rank).items():
@@ -46,11 +53,12 @@ class LowRank(AdapterTensors):
         # Compiled models take the scale as a tensor, so that neither another strength nor another alpha recompiles.
         gain = torch.empty((), dtype=torch.float32, device=device)
         self.register_buffer("_gain", gain, persistent=False)
+        self.register_buffer("_scale", gain.clone() if self.needs_weight else None, persistent=False)
         self.register_buffer("_bias_gain", gain.clone() if bias else None, persistent=False)
         if given:
             self.copy_(given)
         elif device.type != "meta":
-            self.reset_parameters()
+            self.reset_parameters(base)
         self.set_strength(1.0)
 
     @property
@@ -73,12 +81,21 @@ class LowRank(AdapterTensors):
         """Tensor name -> parameter, `lora_bias` included where there is one."""
         return {name: p for name, p in self._parameters.items() if p is not None}
 
-    def reset_parameters(self) -> None:
-        """Start again from ΔW = 0."""
+    def reset_parameters(self, base: Tensor | None = None) -> None:
+        """Start again from ΔW = 0. Factors that depend on a weight without values yet (None) start once it has some."""
+        if self.needs_weight and base is None:
+            device = getattr(self, self._tensors[0]).device
+            base = torch.full(self.spec.shape, torch.nan, device=device)
+        factors: dict[str, Tensor] = {name: self._parameters[name] for name in self._tensors}  # type: ignore[misc]
         with torch.no_grad():
-            self.factorization.init_({name: self._parameters[name] for name in self._tensors}, self.config.init)  # type: ignore[misc]
+            start_factors(self.factorization, factors, self.config.init, self.spec, base)
             if self.lora_bias is not None:
                 self.lora_bias.zero_()
+
+    def is_at_start(self, base: Tensor) -> bool:
+        """Whether factors that depend on a base weight change nothing yet, or have not started for want of one."""
+        change = self(dropout=False, strength=1.0, base=base)
+        return not bool(change.any()) or bool(change.isnan().any())
 
     def copy_(self, factors: Mapping[str, Tensor]) -> None:
         """Take the values of other factors of the same shapes, in place."""
@@ -94,7 +111,9 @@ class LowRank(AdapterTensors):
     def set_strength(self, strength: float) -> None:
         self.strength = strength
         with torch.no_grad():
-            self._gain.fill_(strength * self.scale)
+            self._gain.fill_(strength if self.needs_weight else strength * self.scale)
+            if self.needs_weight:
+                self._scale.fill_(self.scale)
             if self._bias_gain is not None:
                 self._bias_gain.fill_(strength)
 
@@ -105,9 +124,14 @@ class LowRank(AdapterTensors):
         return kept.to(self._gain.dtype) / (1 - p)
 
     def forward(
-        self, kind: str = "weight", dropout: bool | Tensor | None = True, strength: float | None = None
+        self,
+        kind: str = "weight",
+        dropout: bool | Tensor | None = True,
+        strength: float | None = None,
+        base: Tensor | None = None,
     ) -> Tensor:
-        """The update at its strength, or at the one given. `dropout` may be a `mask` to use."""
+        """The update at its strength, or at the one given. `dropout` may be a `mask` to use; `base` is for factors that
+        need the base weight."""
         # A compiled graph takes strength and scale from tensors and reads no number that a hot swap changes.
         as_tensor = strength is None and torch.compiler.is_compiling()
         if strength is None and not as_tensor:
@@ -121,15 +145,29 @@ class LowRank(AdapterTensors):
             keep = dropout if isinstance(dropout, Tensor) else self._mask()
             factors = self.factorization.drop(factors, keep)
         # Eager ones take the number: a backward that comes after another `activate` must not find the tensor changed.
-        gain = self._gain if strength is None else strength * self.scale
-        return self.spec.from_convolution(self.factorization.delta(factors, self.spec)) * gain
+        gain: float | Tensor = self._gain if strength is None else strength
+        scale: float | Tensor = self.scale if strength is not None else self._scale if self.needs_weight else 1.0
+        names, tensors = [*factors], [*factors.values()]
 
-    def in_float64(self, kind: str) -> Tensor:
+        def update(*tensors: Tensor) -> Tensor:
+            given = dict(zip(names, tensors, strict=False))
+            weight = tensors[-1] if self.needs_weight else None
+            return scaled_update(self.factorization, given, self.spec, scale, gain, weight)
+
+        if self.needs_weight:
+            assert base is not None
+            tensors.append(base)
+        if getattr(self.factorization, "forms_again", False) and forms_again():
+            return forming_again(update, *tensors)
+        return update(*tensors)
+
+    def in_float64(self, kind: str, base: Tensor | None = None) -> Tensor:
         """The scaled update of `weight` or `bias`, computed in float64 and without dropout."""
         wide = {name: p.double() for name, p in self.factors().items()}
         if kind == "bias":
             return wide["lora_bias"] * self.strength
-        return self.spec.from_convolution(self.factorization.delta(wide, self.spec)) * (self.strength * self.scale)
+        weight = base.double() if self.needs_weight and base is not None else None
+        return scaled_update(self.factorization, wide, self.spec, self.scale, self.strength, weight)
 
     def tensor_names(self) -> Iterable[str]:
         return self.factors()
@@ -145,6 +183,8 @@ class LowRank(AdapterTensors):
         device = getattr(self, self._tensors[0]).device
         if self._gain.device != device:
             self._gain = torch.empty_like(self._gain, device=device)
+            if self.needs_weight:
+                self._scale = torch.empty_like(self._scale, device=device)
             if self._bias_gain is not None:
                 self._bias_gain = torch.empty_like(self._bias_gain, device=device)
             self.set_strength(self.strength)

@@ -17,7 +17,7 @@ from convlora.adapter.cast import cast_adapter
 from convlora.adapter.fingerprint import base_fingerprint, compare_bases
 from convlora.adapter.parts import LayerFactors, tensor_key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
-from convlora.factors.base import WeightSpec
+from convlora.factors.base import WeightSpec, get_factors, needs_weight
 from convlora.factors.fuse import is_finite
 from convlora.layer.adapted import (
     CHILD,
@@ -200,8 +200,10 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
     elif loaded.fingerprint is not None:
         found = compare_bases(loaded.fingerprint, _base_weights(fitting))
         if found.kind in ("precision", "other"):
+            dependent = found.kind == "other" and needs_weight(get_factors(config.factors))
             where = "the model has" if found.kind == "precision" else "the adapter was trained on"
-            warnings.warn(f"load: {where} {found}", ConvLoRAWarning, stacklevel=2)
+            change = f", and the change of {config.factors!r} factors is another on it" if dependent else ""
+            warnings.warn(f"load: {where} {found}{change}", ConvLoRAWarning, stacklevel=2)
     if not present:
         copies = [CopyPlacement(p, m, list(loaded.modules[p]), loaded.modules[p]) for p, m in modules.items()]
         for copy in copies:
@@ -218,7 +220,7 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
         if isinstance(entry, TensorCopies):
             entry.swap(own_tensors(present[p]), config)
         elif isinstance(entry, LowRank):
-            entry.reset_parameters()
+            entry.reset_parameters(full_tensor(peek_base_tensor(present[p], "weight")))
             entry.configure(config, entry.alpha)
     return model
 
