@@ -367,6 +367,8 @@ def _check(adapter: Adapter, what: str) -> None:
             reason = "is a grouped convolution: PEFT's factors have another form there, and it cannot merge them"
         elif len(layer.spec.kernel) > 2 and not lora:
             reason = f"is a convolution of three dimensions, for which PEFT has no {_TYPES[factors]}"
+        elif "lokr_w2" in layer.tensors and len(layer.spec.kernel) == 1:
+            reason = "is a Conv1d with a whole lokr_w2, whose product PEFT forms in another order"
         elif layer.aliases:
             reason = f"is one module with {', '.join(map(repr, layer.aliases))}: PEFT adapts only the first of them"
         elif not path:

@@ -199,7 +199,8 @@ def _lokr(
         w2 = {"lokr_w2": w2["lokr_w2"].reshape(rows, -1, *spec.kernel)}
         rank = max(rank, -(-max(w2["lokr_w2"].shape[:2]) // 2))  # so much that w2 is whole here, too
     tensors = {"lokr_w1": w1, **w2}
-    if {n: tuple(t.shape) for n, t in tensors.items()} == get_factors("lokr").shapes(spec, rank):
+    in_its_order = stated_rank is None or not whole or len(spec.kernel) != 1
+    if in_its_order and {n: tuple(t.shape) for n, t in tensors.items()} == get_factors("lokr").shapes(spec, rank):
         return Update("lokr", LayerFactors(tensors, spec, rank, scale * rank))
     if guessed:
         raise ConvLoRAError(
@@ -207,8 +208,9 @@ def _lokr(
             " says its weight"
         )
     _check_size(name, math.prod(total), parts, known)
-    second = w2["lokr_w2"].flatten(1) if whole else w2["lokr_w2_a"].double() @ w2["lokr_w2_b"].double()
-    delta = torch.kron(w1.double(), second.double()) * scale
+    second = w2["lokr_w2"] if whole else w2["lokr_w2_a"].double() @ w2["lokr_w2_b"].double()
+    # PEFT takes w1 (a, c) by the last axes of a Conv1d's w2 (b, d, k): that is what was trained.
+    delta = torch.kron(w1.double(), (second.flatten(1) if in_its_order else second).double()) * scale
     wide = torch.promote_types(w1.dtype, torch.float32)
     return Update("dense", LayerFactors({"diff": delta.reshape(_convolution_shape(spec)).to(wide)}, spec, 1, 1.0))
 
@@ -259,11 +261,9 @@ def _decomposed(name: str, update: Update, parts: Mapping[str, Tensor], known: b
     """DoRA of an update: PEFT's magnitudes are by output channel, LyCORIS's `(out, 1…)` or `(1, in, 1…)`."""
     layer = _as_locon(name, update, known)
     magnitude = parts["lora_magnitude_vector" if "lora_magnitude_vector" in parts else "dora_scale"]
-    size = magnitude.numel()
-    of_input = (
-        "dora_scale" in parts and magnitude.dim() > 1 and magnitude.shape[0] == 1 and size == layer.spec.shape[1] != 1
-    )
-    if size != (layer.spec.shape[1] if of_input else layer.spec.out_channels):
+    (out, inner), sides = layer.spec.shape[:2], tuple(magnitude.shape[:2])
+    of_input = "dora_scale" in parts and sides == (1, inner) and sides != (out, 1)
+    if magnitude.numel() != (inner if of_input else out):
         raise ConvLoRAError(f"'{name}' has magnitudes {tuple(magnitude.shape)} for a weight {layer.spec.shape}")
     tensors = {**layer.tensors, MAGNITUDE: magnitude.flatten()}
     return Update("dora_in" if of_input else "dora", replace(layer, tensors=tensors))

@@ -127,7 +127,9 @@ def test_adapter_read_and_load_point_to_the_other_formats(kind: str, tmp_path: P
     path, base = written(tmp_path, kind)
     before = snapshot(base)
     for call in (Adapter.read, lambda p: convlora.load(base, p)):
-        with pytest.raises(ConvLoRAError, match=r"convlora\.formats\.read reads those of PEFT, LyCORIS, diffusers and loralib"):
+        with pytest.raises(
+            ConvLoRAError, match=r"convlora\.formats\.read reads those of PEFT, LyCORIS, diffusers and loralib"
+        ):
             call(path)
     assert snapshot(base) == before
 
@@ -136,7 +138,9 @@ def test_what_is_no_adapter_is_refused_by_name(tmp_path: Path) -> None:
     refused(tmp_path / "none.safetensors", "no file")
     refused(tmp_path, "so it is no PEFT adapter")
     save_file(nn.Conv2d(3, 4, 3).state_dict(), tmp_path / "base.safetensors")
-    refused(tmp_path / "base.safetensors", "is no adapter of a known format (convlora, peft, locon, loralib, diffusers)")
+    refused(
+        tmp_path / "base.safetensors", "is no adapter of a known format (convlora, peft, locon, loralib, diffusers)"
+    )
     save_file({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(4, 2)}, tmp_path / "peft.safetensors")
     refused(tmp_path / "peft.safetensors", "'a.lora_B.weight' has no scale: neither an alpha")
     refused("a\0b", "no file")
