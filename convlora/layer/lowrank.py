@@ -157,7 +157,7 @@ class LowRank(AdapterTensors):
         if self.needs_weight:
             assert base is not None
             tensors.append(base)
-        if getattr(self.factorization, "forms_again", False) and forms_again():
+        if getattr(self.factorization, "forms_again", False) and not torch.compiler.is_compiling() and forms_again():
             return forming_again(update, *tensors)
         return update(*tensors)
 
