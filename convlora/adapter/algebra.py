@@ -50,9 +50,9 @@ def factorization_with(name: str, method: str, operation: str) -> Any:
     """
     factorization = get_factors(name)
     if not callable(getattr(factorization, method, None)):
-        remedy = "bring it to 'locon' by adapter.refactor first, or " if method == "join" else ""
+        remedy = ", or bring the adapter to 'locon' by refactor" if method == "join" else ""
         raise ConvLoRAError(
-            f"{operation}: factorization {name!r} cannot do this; {remedy}give its class a method '{method}'"
+            f"{operation}: factorization {name!r} cannot do this; give its class a method '{method}'{remedy}"
         )
     return factorization
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems
-from convlora.factors.base import WeightSpec, get_factors, needs_weight, scaled_update
+from convlora.factors.base import WeightSpec, gains_of, get_factors, needs_weight, scaled_update
 from convlora.factors.fuse import is_finite
 
 BIAS_DELTA = "lora_bias"
@@ -86,8 +86,9 @@ def layer_delta(
     factors = {name: t.double() if exact else at_least_float32(t) for name, t in layer.tensors.items()}
     if base is not None and exact:
         base = base.double()
-    scale = config.scale(layer.rank, layer.alpha)
-    return scaled_update(get_factors(config.factors), factors, layer.spec, scale, strength, base)
+    factorization = get_factors(config.factors)
+    gains = gains_of(factorization, config.scale(layer.rank, layer.alpha), strength)
+    return scaled_update(factorization, factors, layer.spec, gains, base)
 
 
 def refuse_weight(factors: str, operation: str) -> None:

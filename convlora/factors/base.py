@@ -146,20 +146,33 @@ def start_factors(
     return cast("SeesWeight", factorization).init_(factors, method, spec.to_convolution(weight))
 
 
+Gains = tuple["float | Tensor", "float | Tensor"]  # what multiplies an update, and what does inside of its formula
+
+
+def gains_of(factorization: Factorization, scale: float, strength: float) -> tuple[float, float]:
+    """Where scale and strength go: the scale inside of an update that depends on the base weight.
+
+    Example:
+        >>> gains_of(get_factors("locon"), 2.0, 0.5), gains_of(get_factors("dora"), 2.0, 0.5)
+        ((1.0, 1.0), (0.5, 2.0))
+    """
+    return (strength, scale) if needs_weight(factorization) else (strength * scale, 1.0)
+
+
 def scaled_update(
     factorization: Factorization,
     factors: Mapping[str, Tensor],
     spec: WeightSpec,
-    scale: float | Tensor,
-    strength: float | Tensor,
+    gains: Gains,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """`strength · scale · ΔW`, or `strength` times the change of `weight`; in the order of the layer's weight."""
+    """ΔW at its scale and strength, or the change of `weight` that it makes; in the order of the layer's weight."""
+    outside, inside = gains
     if not needs_weight(factorization):
-        return spec.from_convolution(factorization.delta(factors, spec)) * (strength * scale)
+        return spec.from_convolution(factorization.delta(factors, spec)) * outside
     assert weight is not None
-    change = cast("SeesWeight", factorization).delta(factors, spec, spec.to_convolution(weight), scale)
-    return spec.from_convolution(change) * strength
+    change = cast("SeesWeight", factorization).delta(factors, spec, spec.to_convolution(weight), inside)
+    return spec.from_convolution(change) * outside
 
 
 _REGISTRY: dict[str, Factorization] = {}  # the shipped ones are registered by the package
@@ -210,7 +223,7 @@ def _try_out(name: str, candidate: Factorization) -> None:
     factors = {tensor: torch.full(shape, torch.nan) for tensor, shape in shapes.items()}
     weight = torch.linspace(-1, 1, math.prod(spec.shape)).view(spec.shape)
     start_factors(candidate, factors, "default", spec, weight)
-    delta = scaled_update(candidate, candidate.drop(factors, torch.ones(2)), spec, 1.0, 1.0, weight)
+    delta = scaled_update(candidate, candidate.drop(factors, torch.ones(2)), spec, (1.0, 1.0), weight)
     if delta.numel() != math.prod(spec.shape) or bool(delta.ne(0).any()):
         raise ConvLoRAError(f"register_factors: {name!r} does not start at ΔW = 0 of {math.prod(spec.shape)} elements")
 

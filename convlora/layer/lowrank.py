@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
-from convlora.factors.base import Factorization, WeightSpec, get_factors, needs_weight, scaled_update, start_factors
+from convlora.factors.base import (
+    Factorization,
+    Gains,
+    WeightSpec,
+    gains_of,
+    get_factors,
+    needs_weight,
+    scaled_update,
+    start_factors,
+)
 from convlora.layer.again import forming_again, forms_again
 from convlora.layer.loading import AdapterTensors
 from convlora.layer.sharded import sharded_like
@@ -53,7 +62,7 @@ class LowRank(AdapterTensors):
         # Compiled models take the scale as a tensor, so that neither another strength nor another alpha recompiles.
         gain = torch.empty((), dtype=torch.float32, device=device)
         self.register_buffer("_gain", gain, persistent=False)
-        self.register_buffer("_scale", gain.clone() if self.needs_weight else None, persistent=False)
+        self.register_buffer("_scale", gain.clone(), persistent=False)
         self.register_buffer("_bias_gain", gain.clone() if bias else None, persistent=False)
         if given:
             self.copy_(given)
@@ -108,12 +117,15 @@ class LowRank(AdapterTensors):
         self.config, self.alpha = config, alpha
         self.set_strength(self.strength)
 
+    def _gains(self, strength: float) -> tuple[float, float]:
+        return gains_of(self.factorization, self.scale, strength)
+
     def set_strength(self, strength: float) -> None:
         self.strength = strength
         with torch.no_grad():
-            self._gain.fill_(strength if self.needs_weight else strength * self.scale)
-            if self.needs_weight:
-                self._scale.fill_(self.scale)
+            outside, inside = self._gains(strength)
+            self._gain.fill_(outside)
+            self._scale.fill_(inside)
             if self._bias_gain is not None:
                 self._bias_gain.fill_(strength)
 
@@ -145,19 +157,18 @@ class LowRank(AdapterTensors):
             keep = dropout if isinstance(dropout, Tensor) else self._mask()
             factors = self.factorization.drop(factors, keep)
         # Eager ones take the number: a backward that comes after another `activate` must not find the tensor changed.
-        gain: float | Tensor = self._gain if strength is None else strength
-        scale: float | Tensor = self.scale if strength is not None else self._scale if self.needs_weight else 1.0
+        gains: Gains = (self._gain, self._scale) if strength is None else self._gains(strength)
         names, tensors = [*factors], [*factors.values()]
 
         def update(*tensors: Tensor) -> Tensor:
             given = dict(zip(names, tensors, strict=False))
             weight = tensors[-1] if self.needs_weight else None
-            return scaled_update(self.factorization, given, self.spec, scale, gain, weight)
+            return scaled_update(self.factorization, given, self.spec, gains, weight)
 
         if self.needs_weight:
             assert base is not None
             tensors.append(base)
-        if getattr(self.factorization, "forms_again", False) and forms_again():
+        if getattr(self.factorization, "forms_again", False) and not torch.compiler.is_compiling() and forms_again():
             return forming_again(update, *tensors)
         return update(*tensors)
 
@@ -167,7 +178,7 @@ class LowRank(AdapterTensors):
         if kind == "bias":
             return wide["lora_bias"] * self.strength
         weight = base.double() if self.needs_weight and base is not None else None
-        return scaled_update(self.factorization, wide, self.spec, self.scale, self.strength, weight)
+        return scaled_update(self.factorization, wide, self.spec, self._gains(self.strength), weight)
 
     def tensor_names(self) -> Iterable[str]:
         return self.factors()
@@ -183,8 +194,7 @@ class LowRank(AdapterTensors):
         device = getattr(self, self._tensors[0]).device
         if self._gain.device != device:
             self._gain = torch.empty_like(self._gain, device=device)
-            if self.needs_weight:
-                self._scale = torch.empty_like(self._scale, device=device)
+            self._scale = torch.empty_like(self._scale, device=device)
             if self._bias_gain is not None:
                 self._bias_gain = torch.empty_like(self._bias_gain, device=device)
             self.set_strength(self.strength)

@@ -243,7 +243,7 @@ def no_entries(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> No
 
 
 def unknown_factors(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    metadata["config"] = metadata["config"].replace("{", '{"factors":"loha",', 1)
+    metadata["config"] = metadata["config"].replace("{", '{"factors":"nothing",', 1)
 
 
 EDITS = {
@@ -256,7 +256,7 @@ EDITS = {
     "no layers": (no_layers, "malformed metadata"),
     "bad layers": (bad_layers, "rank -2"),
     "no entries": (no_entries, "unexpected|malformed"),
-    "unknown factors": (unknown_factors, "'loha' is not registered"),
+    "unknown factors": (unknown_factors, "'nothing' is not registered"),
 }
 
 
