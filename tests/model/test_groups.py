@@ -48,8 +48,12 @@ def test_rates_are_those_of_lora_plus() -> None:
     model = several()
     rates = {g["name"]: g["lr"] for g in parameter_groups(model, lr=1e-3, ratio=16, copies_lr=1e-4)}
     assert rates == {
-        **{"night.A": 1e-3, "night.B": 1.6e-2, "night.bias": 1e-3},
-        **{"rain.A": 1e-3, "rain.B": 1.6e-2, "rain.copies": 1e-4},
+        "night.A": 1e-3,
+        "night.B": 1.6e-2,
+        "night.bias": 1e-3,
+        "rain.A": 1e-3,
+        "rain.B": 1.6e-2,
+        "rain.copies": 1e-4,
     }
     assert {g["lr"] for g in parameter_groups(model, lr=1e-3, ratio=1)} == {1e-3}
 

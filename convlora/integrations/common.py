@@ -1,0 +1,81 @@
+"""What trainers have in common: what a checkpoint can leave out, and what is left behind at the end."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from convlora.config import AdapterConfig
+from convlora.errors import ConvLoRAError
+from convlora.layer.sharded import is_first_rank
+from convlora.model.inject import inject
+from convlora.model.outside import changed
+from convlora.model.storage import merged_state_dict, save
+from convlora.model.traversal import adapters, unwrap_model
+from convlora.support.atomic import write_atomically
+from convlora.support.safetensors import to_safetensors
+from convlora.targets import is_part_of_adapter
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class MissingPackageError(ConvLoRAError, ImportError):
+    """The package of a trainer is not installed."""
+
+    def __init__(self, extra: str, package: str) -> None:
+        message = f"convlora.integrations.{extra}: {package} is missing; pip install 'convlora[{extra}]'"
+        super().__init__(message)
+
+
+def ensure_adapters(model: M, config: AdapterConfig | None, operation: str) -> M:
+    """Inject the adapter of a config unless it is there; without a config the model has to have one.
+
+    Raises:
+        ConvLoRAError: no adapter and no config to make one from, or what `inject` refuses.
+    """
+    known = adapters(model)
+    if config is not None and config.name not in known:
+        return inject(model, config=config)
+    if not known:
+        raise ConvLoRAError(f"{operation}: the model has no adapters; give config=, or inject before")
+    return model
+
+
+def untouched_keys(model: nn.Module) -> list[str]:
+    """The keys of a model's state dict that are as before `inject`: neither of an adapter, nor changed since.
+
+    Example:
+        >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
+        >>> untouched_keys(model)
+        ['0.weight', '0.bias']
+    """
+    root = unwrap_model(model, "untouched_keys")
+    moved = set(changed(root))
+    return [key for key in root.state_dict() if not is_part_of_adapter(key) and key not in moved]
+
+
+def write_artefacts(
+    model: nn.Module, adapter: str | os.PathLike[str], merged: str | os.PathLike[str] | None, name: str | None = None
+) -> None:
+    """Write an adapter file, and the merged checkpoint with the base's keys; of several processes the first one.
+
+    Args:
+        adapter: of the adapter file.
+        merged: of the checkpoint: `.safetensors`, else as `torch.save` writes it; None for none.
+        name: of the adapter, where the model has several.
+    """
+    for path in (adapter, merged):
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save(model, adapter, name)
+    if merged is not None and is_first_rank(model, None):
+        state = {key: value.contiguous() for key, value in merged_state_dict(model).items()}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        is_flat = Path(merged).suffix.lower() == ".safetensors"
+        write_atomically(merged, to_safetensors(state, {"format": "pt"}) if is_flat else buffer.getvalue())
