@@ -72,7 +72,9 @@ class AdapterCheckpoint(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint had all that it should, and nothing else."""
-        known, found = set(pl_module.state_dict()), set(checkpoint["state_dict"])
+        prefix = f"{self.network}." if self.network else ""
+        known = {key for key in pl_module.state_dict() if key.startswith(prefix)}
+        found = {key for key in checkpoint["state_dict"] if key.startswith(prefix)}
         problems = Problems(sorted(known - found - self._left_out(pl_module)), sorted(found - known))
         if problems:
             raise ConvLoRAError(f"AdapterCheckpoint: the checkpoint is of another adapter: {problems}")

@@ -145,7 +145,7 @@ def test_what_trains_outside_the_adapter_is_in_the_checkpoint(tmp_path: Path) ->
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(trained: tuple[Fitting, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConvLoRAError, match="of another adapter: missing: .*fog.*; unexpected: .*default"):
+    with pytest.raises(ConvLoRAError, match=r"of another adapter: missing: .*fog.*; unexpected: .*default"):
         fit(tmp_path, 4, trained[1] / "step=2.ckpt", config=CONFIG.replace(name="fog"))
 
 
@@ -154,12 +154,39 @@ def test_a_network_without_adapters_and_without_a_config_is_refused(tmp_path: Pa
         fit(tmp_path, 1, config=None)
 
 
+def test_two_networks_of_one_module_have_a_callback_each(tmp_path: Path) -> None:
+    class Two(Fitting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.judge.requires_grad_(True)
+
+    def run(folder: Path, steps: int, resume: Path | None = None) -> Fitting:
+        module, judge = Two(), AdapterConfig(targets="*", rank=1, name="judge")
+        trainer = Trainer(
+            max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+            default_root_dir=folder, callbacks=[
+                AdapterCheckpoint(CONFIG, network="net"),
+                AdapterCheckpoint(judge, network="judge", adapter=folder / "judge.safetensors"),
+                ModelCheckpoint(folder, filename="{step}"),
+            ],
+        )  # fmt: skip
+        trainer.fit(module, batches(), ckpt_path=resume)
+        return module
+
+    first = run(tmp_path, 2)
+    state = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["state_dict"]
+    assert not {"net.0.weight", "judge.weight"} & state.keys()
+    assert torch.equal(state["judge.convlora.judge.lora_B"], first.judge.convlora.judge.lora_B)
+    resumed = run(tmp_path / "more", 4, tmp_path / "step=2.ckpt")
+    assert not torch.equal(resumed.judge.convlora.judge.lora_B, first.judge.convlora.judge.lora_B)
+
+
 def test_validation_of_a_checkpoint_uses_the_adapter(trained: tuple[Fitting, Path]) -> None:
     module, folder = trained
     found: list[Tensor] = []
 
     class Judging(Fitting):
-        def test_step(self, batch: list[Tensor], _: int) -> None:
+        def test_step(self, batch: list[Tensor]) -> None:
             found.append(self.net(batch[0]))
 
     trainer = Trainer(
