@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
@@ -74,8 +75,20 @@ def write_artefacts(
             Path(path).parent.mkdir(parents=True, exist_ok=True)
     save(model, adapter, name)
     if merged is not None and is_first_rank(model, None):
-        state = {key: value.contiguous() for key, value in merged_state_dict(model).items()}
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        is_flat = Path(merged).suffix.lower() == ".safetensors"
-        write_atomically(merged, to_safetensors(state, {"format": "pt"}) if is_flat else buffer.getvalue())
+        write_checkpoint(merged, merged_state_dict(model))
+
+
+def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+    """Write a state dict, by its suffix as `.safetensors` or as `torch.save` does; atomically."""
+    if Path(path).suffix.lower() == ".safetensors":
+        flat = {key: value.contiguous() for key, value in state.items()}
+        write_atomically(path, to_safetensors(flat, {"format": "pt"}))
+    else:
+        write_torch_file(path, state)
+
+
+def write_torch_file(path: str | os.PathLike[str], content: Any) -> None:
+    """`torch.save`, atomically."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())

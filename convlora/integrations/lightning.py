@@ -21,7 +21,7 @@ except ImportError:
         raise MissingPackageError("lightning", "lightning") from None
 
 
-class AdapterCheckpoint(Callback):
+class AdapterCheckpoint(Callback):  # type: ignore[misc]
     """Adapts a network of a LightningModule, and leaves the frozen base out of its checkpoints.
 
     The adapter goes in at `setup`: before `configure_optimizers`, which takes `convlora.parameters(self.net)` or all
@@ -58,7 +58,7 @@ class AdapterCheckpoint(Callback):
         self.config, self.network, self.adapter, self.merged = config, network, adapter, merged
 
     def _network(self, module: LightningModule) -> nn.Module:
-        return attrgetter(self.network)(module) if self.network else module
+        return attrgetter(self.network)(module) if self.network else module  # type: ignore[no-any-return]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, and have Lightning load checkpoints that lack the base's entries."""

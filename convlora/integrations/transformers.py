@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.integrations.common import MissingPackageError, ensure_adapters, untouched_keys, write_artefacts
@@ -22,7 +20,7 @@ except ImportError:
 FILE = "adapter.safetensors"
 
 
-class AdapterCallback(TrainerCallback):
+class AdapterCallback(TrainerCallback):  # type: ignore[misc]
     """Adapts the model of a Trainer, and leaves the frozen base out of its checkpoints.
 
     The adapter goes in when the Trainer is made, so hand the callback to it then (`Trainer(callbacks=[…])`). Each
@@ -55,36 +53,35 @@ class AdapterCallback(TrainerCallback):
         self.config, self.adapter, self.merged = config, adapter, merged
         self._name = None if config is None else config.name
 
-    def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Inject: before the optimizer is made, the model wrapped, and a checkpoint loaded."""
         ensure_adapters(model, self.config, "AdapterCallback")
         self._ignored = getattr(model, "_keys_to_ignore_on_save", None)
         self._leave_out(model)
 
-    def _leave_out(self, model: nn.Module) -> None:
+    def _leave_out(self, model: Any) -> None:
         if isinstance(model, PreTrainedModel):
             model._keys_to_ignore_on_save = {*(self._ignored or ()), *untouched_keys(model)}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Check that the callback was there when the Trainer was made."""
         if not hasattr(self, "_ignored") or not adapters(model):
             raise ConvLoRAError("AdapterCallback: hand it to the Trainer when that is made, Trainer(callbacks=[…])")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Leave out of the coming checkpoint what is as before `inject`, at this step."""
         if control.should_save or control.should_evaluate:  # an evaluation may find the best model, to be saved
             self._leave_out(model)
 
     on_epoch_end = on_step_end
 
-    def on_save(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Put the adapter file beside what the Trainer has written."""
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
+        if args.should_save and folder.is_dir():
             save(model, folder / FILE, self._name)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Write the adapter, and the merged model if one is asked for; the model's own saving is whole again."""
         whole = isinstance(model, PreTrainedModel)
         if whole:
