@@ -15,20 +15,24 @@ from convlora.integrations.common import untouched_keys, write_torch_file
 from convlora.model.inject import remove
 from convlora.model.storage import load
 from convlora.model.switch import merge
-from convlora.model.traversal import adapters, unwrap_model
+from convlora.model.traversal import adapters, require_adapters, unwrap_model
 
 
 def take_base(average: nn.Module, model: nn.Module) -> None:
     """Give the average of an adapted model the base itself: an average of what stays the same is off by rounding.
 
+    Raises:
+        ConvLoRAError: the model has no adapters.
+
     Example:
         >>> import convlora
         >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
         >>> average = torch.optim.swa_utils.AveragedModel(model)
-        >>> take_base(average.module, model)
+        >>> take_base(average, model)
     """
-    base, state = untouched_keys(model), unwrap_model(model, "take_base").state_dict()
-    average.load_state_dict({key: state[key] for key in base}, strict=False)
+    root = require_adapters(model, "take_base")
+    base, state = untouched_keys(root), root.state_dict()
+    unwrap_model(average, "take_base").load_state_dict({key: state[key] for key in base}, strict=False)
 
 
 def write_training_state(path: str | os.PathLike[str], model: nn.Module, average: nn.Module, optimizer: Any) -> None:

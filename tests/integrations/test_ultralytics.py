@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import convlora
 from convlora import Adapter, AdapterConfig, ConvLoRAError
 
-# Read when ultralytics is imported: it is to ask no network, and to write no settings of the person who tests.
-os.environ.setdefault("YOLO_OFFLINE", "true")
-os.environ.setdefault("YOLO_VERBOSE", "false")
-os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp())
 pytest.importorskip("ultralytics", reason="ultralytics is not installed")
 from ultralytics import YOLO, settings
-from ultralytics.utils import USER_CONFIG_DIR
 
 from convlora.integrations.ultralytics import STATE, callbacks
 
@@ -37,25 +29,9 @@ EPOCHS = 3
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four images with one box each, for training and for validation.
-
-    Of two shapes: with `rect` the trainer then takes them in their order, which a resumed run shuffles anew otherwise.
-    """
-    folder = tmp_path_factory.mktemp("data")
+def data(detection: Path) -> Path:
     settings.update(sync=False)
-    (USER_CONFIG_DIR / "Arial.ttf").touch()  # asked for, and not used, since nothing is plotted
-    generator = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for kind in ("images", "labels"):
-            (folder / kind / split).mkdir(parents=True)
-        for i in range(4):
-            pixels = generator.integers(0, 255, (64, 64 if i < 2 else 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / split / f"{i}.png")
-            (folder / "labels" / split / f"{i}.txt").write_text(f"{i % 2} 0.5 0.5 0.4 0.4\n")
-    description = folder / "data.yaml"
-    description.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames: {{0: a, 1: b}}\n")
-    return description
+    return detection
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +143,9 @@ def test_the_final_files_hold_plain_networks_with_the_original_keys(
         assert not any(type(module).__name__.startswith("Adapted") for module in model.modules()), name
         assert set(model.state_dict()) == set(seen["base"])
         net.load_state_dict(model.float().state_dict(), strict=True)
+    last = state_of(weights / "last.pt")
     for key, value in seen["merged"][-1].items():
-        assert torch.equal(state_of(weights / "last.pt")[key], value.half() if value.is_floating_point() else value)
+        assert torch.equal(last[key], value.half() if value.is_floating_point() else value)
 
 
 def test_the_adapter_file_and_the_merged_checkpoint_give_the_same_output(
@@ -270,6 +247,22 @@ def test_what_the_trainer_is_told_to_freeze_stays_frozen(base: Path, data: Path,
     assert trainable
     assert all(".convlora.default." in name for name in trainable)
     assert not any(name.startswith(("model.0.", "model.1.")) or ".dfl." in name for name in trainable)
+
+
+def test_predicting_with_a_file_of_a_run_that_lasts_is_refused_until_it_is_merged(
+    run: tuple[Any, Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    """Fusing a convolution with its norm would count the update twice."""
+    torch.save(run[2]["saved"][-1], tmp_path / "last.pt")
+    image = data.parent / "images" / "val" / "0.png"
+    with pytest.raises(ConvLoRAError, match="merge"):
+        YOLO(tmp_path / "last.pt").predict(image, imgsz=64, verbose=False)
+    yolo = YOLO(tmp_path / "last.pt")
+    live = raw(yolo.model)
+    convlora.remove(convlora.merge(yolo.model))
+    assert torch.equal(raw(yolo.model), live)
+    yolo.predict(image, imgsz=64, conf=0.0, verbose=False)
+    torch.testing.assert_close(raw(yolo.predictor.model.model), live, rtol=1e-3, atol=1e-3)
 
 
 def test_an_adapter_of_the_file_holds_the_new_head(run: tuple[Any, Path, dict[str, Any]]) -> None:
