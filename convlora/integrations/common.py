@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
-from convlora.errors import ConvLoRAError
+from convlora.errors import ConvLoRAError, one_line
 from convlora.layer.sharded import is_first_rank
 from convlora.model.inject import inject
 from convlora.model.outside import changed
@@ -26,11 +26,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class MissingPackageError(ConvLoRAError, ImportError):
-    """The package of a trainer is not installed."""
+    """The package of a trainer cannot be imported."""
 
-    def __init__(self, extra: str, package: str) -> None:
-        message = f"convlora.integrations.{extra}: {package} is missing; pip install 'convlora[{extra}]'"
-        super().__init__(message)
+    def __init__(self, extra: str, error: ImportError) -> None:
+        super().__init__(f"convlora.integrations.{extra}: {one_line(error)}; pip install 'convlora[{extra}]'")
 
 
 def ensure_adapters(model: M, config: AdapterConfig | None, operation: str) -> M:

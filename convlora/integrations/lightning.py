@@ -14,11 +14,11 @@ from convlora.integrations.common import MissingPackageError, ensure_adapters, u
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError:
+except ImportError as missing:
     try:
         from pytorch_lightning import Callback, LightningModule, Trainer
-    except ImportError:
-        raise MissingPackageError("lightning", "lightning") from None
+    except ImportError as error:
+        raise MissingPackageError("lightning", missing if error.name == "pytorch_lightning" else error) from None
 
 
 class AdapterCheckpoint(Callback):  # type: ignore[misc]

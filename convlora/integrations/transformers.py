@@ -14,8 +14,8 @@ from convlora.model.traversal import adapters
 
 try:
     from transformers import PreTrainedModel, TrainerCallback
-except ImportError:
-    raise MissingPackageError("transformers", "transformers") from None
+except ImportError as error:
+    raise MissingPackageError("transformers", error) from None
 
 FILE = "adapter.safetensors"
 

@@ -17,8 +17,8 @@ from convlora.model.traversal import adapters
 
 try:
     import ultralytics as ultralytics
-except ImportError:
-    raise MissingPackageError("ultralytics", "ultralytics") from None
+except ImportError as error:
+    raise MissingPackageError("ultralytics", error) from None
 
 STATE = "resume.state"  # beside the weights while a run lasts
 
@@ -44,7 +44,7 @@ def callbacks(config: AdapterConfig, *, merged: str | Path | None = None) -> dic
     """
 
     def start(trainer: Any) -> None:
-        if trainer.world_size > 1:
+        if getattr(trainer, "world_size", 1) > 1:
             raise ConvLoRAError(f"callbacks: {trainer.world_size} processes; train in one, device=0")
         describe, evaluate = trainer.set_model_attributes, trainer.final_eval
 

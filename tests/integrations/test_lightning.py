@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import convlora
 from convlora import AdapterConfig, ConvLoRAError
 
-pytest.importorskip("lightning", reason="lightning is not installed")
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+try:
+    import lightning.pytorch as lightning
+except ImportError:
+    lightning = pytest.importorskip("pytorch_lightning", reason="lightning is not installed")
 
 from convlora.integrations.lightning import AdapterCheckpoint
 
@@ -28,7 +29,7 @@ pytestmark = [
 CONFIG = AdapterConfig(targets="*", exclude="6", rank=1, modules_to_save="6")
 
 
-class Fitting(LightningModule):
+class Fitting(lightning.LightningModule):
     """Learns random targets by a network, beside a loss network that stays as it is."""
 
     def __init__(self, gain: bool = False) -> None:
@@ -58,11 +59,11 @@ def fit(folder: Path, steps: int, resume: Path | None = None, **options: Any) ->
     """Train up to a step; a checkpoint lies in the folder after every second one."""
     module = options.pop("module", None) or Fitting()
     settings = {"config": CONFIG, "network": "net", "merged": folder / "merged.pth", **options}
-    trainer = Trainer(
+    trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder, callbacks=[
             AdapterCheckpoint(**settings),
-            ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1),
+            lightning.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1),
         ],
     )  # fmt: skip
     torch.manual_seed(10)
@@ -162,12 +163,12 @@ def test_two_networks_of_one_module_have_a_callback_each(tmp_path: Path) -> None
 
     def run(folder: Path, steps: int, resume: Path | None = None) -> Fitting:
         module, judge = Two(), AdapterConfig(targets="*", rank=1, name="judge")
-        trainer = Trainer(
+        trainer = lightning.Trainer(
             max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
             default_root_dir=folder, callbacks=[
                 AdapterCheckpoint(CONFIG, network="net"),
                 AdapterCheckpoint(judge, network="judge", adapter=folder / "judge.safetensors"),
-                ModelCheckpoint(folder, filename="{step}"),
+                lightning.callbacks.ModelCheckpoint(folder, filename="{step}"),
             ],
         )  # fmt: skip
         trainer.fit(module, batches(), ckpt_path=resume)
@@ -189,7 +190,7 @@ def test_validation_of_a_checkpoint_uses_the_adapter(trained: tuple[Fitting, Pat
         def test_step(self, batch: list[Tensor]) -> None:
             found.append(self.net(batch[0]))
 
-    trainer = Trainer(
+    trainer = lightning.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, default_root_dir=folder,
         callbacks=[AdapterCheckpoint(CONFIG, network="net")],
     )  # fmt: skip
