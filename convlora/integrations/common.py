@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError, one_line
-from convlora.layer.sharded import is_first_rank
+from convlora.layer.sharded import device_mesh_of
 from convlora.model.inject import inject
 from convlora.model.outside import changed
 from convlora.model.storage import merged_state_dict, save
@@ -59,10 +59,15 @@ def untouched_keys(model: nn.Module) -> list[str]:
     return [key for key in root.state_dict() if not is_part_of_adapter(key) and key not in moved]
 
 
-def write_artefacts(
+def takes_part(model: nn.Module, is_main: bool) -> bool:
+    """Whether this process takes part in saving: the main one, and all of those that hold parts of a model."""
+    return is_main or device_mesh_of(model) is not None
+
+
+def write_results(
     model: nn.Module, adapter: str | os.PathLike[str], merged: str | os.PathLike[str] | None, name: str | None = None
 ) -> None:
-    """Write an adapter file, and the merged checkpoint with the base's keys; of several processes the first one.
+    """Write an adapter file, and the merged checkpoint with the base's keys. Folders are made.
 
     Args:
         adapter: of the adapter file.
@@ -73,7 +78,7 @@ def write_artefacts(
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
     save(model, adapter, name)
-    if merged is not None and is_first_rank(model, None):
+    if merged is not None:
         write_checkpoint(merged, merged_state_dict(model))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError, Problems
-from convlora.integrations.common import MissingPackageError, ensure_adapters, untouched_keys, write_artefacts
+from convlora.integrations.common import MissingPackageError, ensure_adapters, takes_part, untouched_keys, write_results
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,7 +34,7 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
         config: what to inject; None if the network has its adapters, by `inject` or `load` in `__init__`.
         network: the attribute of the LightningModule that is adapted (`"net"`, `"net.generator"`), as which adapter
             files and merged checkpoints are written; `""` is the LightningModule itself.
-        adapter: file to write the adapter to when `fit` ends; None: `adapter.safetensors` in `default_root_dir`.
+        adapter: file to write the adapter to when training ends; None: `adapter.safetensors` in `default_root_dir`.
         merged: file for the merged checkpoint, with the network's original keys (`.safetensors`, or as `torch.save`
             writes it); None for none.
 
@@ -83,8 +83,9 @@ class AdapterCheckpoint(Callback):  # type: ignore[misc]
         prefix = f"{self.network}." if self.network else ""
         return {prefix + key for key in untouched_keys(self._network(module))}
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the adapter, and the merged checkpoint if one is asked for."""
-        path = os.path.join(trainer.default_root_dir, "adapter.safetensors") if self.adapter is None else self.adapter
-        name = None if self.config is None else self.config.name
-        write_artefacts(self._network(pl_module), path, self.merged, name)
+        network, folder = self._network(pl_module), trainer.default_root_dir
+        if takes_part(network, trainer.is_global_zero):
+            path = os.path.join(folder, "adapter.safetensors") if self.adapter is None else self.adapter
+            write_results(network, path, self.merged, None if self.config is None else self.config.name)

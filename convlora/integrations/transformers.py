@@ -8,7 +8,7 @@ from typing import Any
 
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
-from convlora.integrations.common import MissingPackageError, ensure_adapters, untouched_keys, write_artefacts
+from convlora.integrations.common import MissingPackageError, ensure_adapters, takes_part, untouched_keys, write_results
 from convlora.model.storage import merged_state_dict, save
 from convlora.model.traversal import adapters
 
@@ -78,7 +78,7 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Put the adapter file beside what the Trainer has written."""
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if args.should_save and folder.is_dir():
+        if takes_part(model, args.should_save) and folder.is_dir():
             save(model, folder / FILE, self._name)
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
@@ -86,10 +86,10 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         whole = isinstance(model, PreTrainedModel)
         if whole:
             model._keys_to_ignore_on_save = self._ignored
-        if not args.should_save:
+        if not takes_part(model, args.should_save):
             return
         path = Path(args.output_dir, FILE) if self.adapter is None else self.adapter
         weights = None if self.merged is None or whole else Path(self.merged, "model.safetensors")
-        write_artefacts(model, path, weights, self._name)
+        write_results(model, path, weights, self._name)
         if self.merged is not None and whole:
             model.save_pretrained(self.merged, state_dict=merged_state_dict(model))

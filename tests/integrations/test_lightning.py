@@ -17,8 +17,11 @@ from convlora import AdapterConfig, ConvLoRAError
 
 try:
     import lightning.pytorch as lightning
-except ImportError:
-    lightning = pytest.importorskip("pytorch_lightning", reason="lightning is not installed")
+except ImportError as missing:
+    try:
+        import pytorch_lightning as lightning
+    except ImportError:
+        pytest.skip(str(missing), allow_module_level=True)
 
 from convlora.integrations.lightning import AdapterCheckpoint
 
@@ -153,6 +156,31 @@ def test_a_checkpoint_of_another_adapter_is_refused(trained: tuple[Fitting, Path
 def test_a_network_without_adapters_and_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConvLoRAError, match="AdapterCheckpoint: the model has no adapters; give config="):
         fit(tmp_path, 1, config=None)
+
+
+def test_under_ddp_the_adapter_is_there_before_the_module_is_wrapped(tmp_path: Path) -> None:
+    wrapped: list[type] = []
+
+    class Watching(Fitting):
+        def on_train_start(self) -> None:
+            wrapped.append(type(self.trainer.strategy.model))
+
+    trainer = lightning.Trainer(
+        max_steps=2, accelerator="cpu", devices=1, strategy="ddp", logger=False, enable_progress_bar=False,
+        default_root_dir=tmp_path, callbacks=[AdapterCheckpoint(CONFIG, network="net", merged=tmp_path / "merged.pth")],
+    )  # fmt: skip
+    module = Watching()
+    try:
+        trainer.fit(module, batches())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert wrapped == [nn.parallel.DistributedDataParallel]
+    assert all(p.any() for p in convlora.parameters(module.net))
+    plain = Fitting().net
+    plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True))
+    x = torch.randn(NET_INPUT)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(x), module.net.eval()(x))
 
 
 def test_two_networks_of_one_module_have_a_callback_each(tmp_path: Path) -> None:

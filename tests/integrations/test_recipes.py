@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
 import re
 import shutil
 from collections.abc import Callable
@@ -50,8 +50,11 @@ def test_the_code_of_the_page_runs(
     heading: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detection: Path
 ) -> None:
     for package in OPTIONAL:
-        if re.search(rf"^(?:from|import) {package}\b", code, re.MULTILINE) and not importlib.util.find_spec(package):
-            pytest.skip(f"{package} is not installed")
+        if re.search(rf"^(?:from|import) {package}\b", code, re.MULTILINE):
+            try:
+                importlib.import_module(package)
+            except ImportError as missing:
+                pytest.skip(str(missing))
     monkeypatch.chdir(tmp_path)
     shutil.copy(detection, tmp_path)
     exec(code, {"__name__": "recipe"})

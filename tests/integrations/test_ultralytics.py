@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import convlora
 from convlora import Adapter, AdapterConfig, ConvLoRAError
 
-pytest.importorskip("ultralytics", reason="ultralytics is not installed")
-from ultralytics import YOLO, settings
+try:
+    from ultralytics import YOLO, settings
+except ImportError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
 
 from convlora.integrations.ultralytics import STATE, callbacks
 
