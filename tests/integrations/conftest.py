@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 # Read when ultralytics is imported.
 _settings = tempfile.TemporaryDirectory()
@@ -34,6 +33,7 @@ def detection(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Of two shapes: with `rect` a trainer then takes them in their order, which a resumed run shuffles anew otherwise.
     """
+    image = pytest.importorskip("PIL.Image")
     folder = tmp_path_factory.mktemp("detection")
     (Path(_settings.name) / "Arial.ttf").touch()  # asked for, and not used, since nothing is plotted
     generator = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def detection(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / kind / split).mkdir(parents=True)
         for i in range(4):
             pixels = generator.integers(0, 255, (64, 64 if i < 2 else 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / split / f"{i}.png")
+            image.fromarray(pixels).save(folder / "images" / split / f"{i}.png")
             (folder / "labels" / split / f"{i}.txt").write_text(f"{i % 2} 0.5 0.5 0.4 0.4\n")
     description = folder / "data.yaml"
     description.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames: {{0: a, 1: b}}\n")

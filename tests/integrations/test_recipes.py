@@ -47,7 +47,7 @@ def blocks() -> list[Any]:
 
 @pytest.mark.parametrize(("heading", "code"), blocks())
 def test_the_code_of_the_page_runs(
-    heading: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detection: Path
+    heading: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     for package in OPTIONAL:
         if re.search(rf"^(?:from|import) {package}\b", code, re.MULTILINE):
@@ -56,7 +56,8 @@ def test_the_code_of_the_page_runs(
             except ImportError as missing:
                 pytest.skip(str(missing))
     monkeypatch.chdir(tmp_path)
-    shutil.copy(detection, tmp_path)
+    if "data.yaml" in code:
+        shutil.copy(request.getfixturevalue("detection"), tmp_path)
     exec(code, {"__name__": "recipe"})
     assert [path for path in WRITTEN[heading] if not (tmp_path / path).exists()] == []
 
