@@ -57,11 +57,12 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         """Inject: before the optimizer is made, the model wrapped, and a checkpoint loaded."""
         ensure_adapters(model, self.config, "AdapterCallback")
         self._ignored = getattr(model, "_keys_to_ignore_on_save", None)
-        self._leave_out(model)
+        self._leave_out(model, unless="num_batches_tracked")  # loading does not count it among what is missing
 
-    def _leave_out(self, model: Any) -> None:
+    def _leave_out(self, model: Any, unless: str = "") -> None:
         if isinstance(model, PreTrainedModel):
-            model._keys_to_ignore_on_save = {*(self._ignored or ()), *untouched_keys(model)}
+            keys = (key for key in untouched_keys(model) if not (unless and key.endswith(unless)))
+            model._keys_to_ignore_on_save = {*(self._ignored or ()), *keys}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         """Check that the callback was there when the Trainer was made."""

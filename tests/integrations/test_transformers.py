@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,17 @@ def test_the_adapter_of_a_checkpoint_is_that_of_its_step(trained: tuple[nn.Modul
     assert not torch.equal(logits(earlier), logits(model))
 
 
-def test_resuming_gives_the_bits_of_a_run_without_a_break(trained: tuple[nn.Module, Path], tmp_path: Path) -> None:
+def test_resuming_gives_the_bits_of_a_run_without_a_break(
+    trained: tuple[nn.Module, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the middle of an epoch, with random dropping of rank components: the Trainer restores data and generators."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     train(tmp_path / "first", 2, network())
+    caplog.clear()
     resumed = train(tmp_path / "second", 6, network(), str(tmp_path / "first" / "checkpoint-2")).state_dict()
     for name, value in trained[0].state_dict().items():
         assert torch.equal(value, resumed[name]), name
+    assert "keys in the checkpoint" not in caplog.text  # what is left out is no surprise to the Trainer
 
 
 def test_the_file_and_the_merged_model_give_the_trained_output(trained: tuple[nn.Module, Path]) -> None:
