@@ -200,8 +200,8 @@ def test_the_files_of_the_average_belong_to_the_base(opt: dict[str, Any]) -> Non
     assert convlora.changed(trainer.net_g_ema) == []
     loaded = convlora.load(build_network(), trainer.file("adapter_ema", "safetensors"))
     assert torch.equal(output(loaded), output(trainer.net_g_ema))
-    with pytest.warns(ConvLoRAWarning, match="trained on another base"):
-        convlora.load(build_network(), trainer.file("drifted", "safetensors"))
+    drifted = convlora.load(build_network(), trainer.file("drifted", "safetensors"))  # within rounding: no alarm
+    torch.testing.assert_close(output(drifted), output(trainer.net_g_ema))
 
 
 def test_an_average_that_was_built_plain_stays_the_base_and_is_refused_when_it_is_saved(opt: dict[str, Any]) -> None:

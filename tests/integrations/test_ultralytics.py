@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickletools
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,14 @@ def raw(model: nn.Module) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def names_the_library(path: Path) -> bool:
+    """Whether a pickle needs this library to be read."""
+    with zipfile.ZipFile(path) as archive:
+        (pickled,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        said = [argument for _, argument, _ in pickletools.genops(archive.read(pickled))]
+    return any(isinstance(argument, str) and argument.startswith("convlora") for argument in said)
+
+
 def plain(data: Path, base: Path) -> nn.Module:
     """The network that the trainer makes: that of the base, with a head for two classes."""
     from ultralytics.models.yolo.detect import DetectionTrainer
@@ -129,7 +139,9 @@ def test_the_average_holds_the_adapter_and_the_base_itself(run: tuple[Any, Path,
     assert any(key.endswith("running_mean") for key in moved)
 
 
-def test_while_it_runs_files_hold_the_adapted_average(run: tuple[Any, Path, dict[str, Any]]) -> None:
+def test_while_it_runs_files_hold_the_adapted_average(run: tuple[Any, Path, dict[str, Any]], tmp_path: Path) -> None:
+    torch.save(run[2]["saved"][0], tmp_path / "adapted.pt")
+    assert names_the_library(tmp_path / "adapted.pt")
     for checkpoint in run[2]["saved"]:
         assert set(convlora.adapters(checkpoint["ema"])) == {"default"}
     assert not (run[1] / STATE).exists()  # no more
@@ -145,6 +157,7 @@ def test_the_final_files_hold_plain_networks_with_the_original_keys(
         assert not any(type(module).__name__.startswith("Adapted") for module in model.modules()), name
         assert set(model.state_dict()) == set(seen["base"])
         net.load_state_dict(model.float().state_dict(), strict=True)
+        assert not names_the_library(weights / name), name
     last = state_of(weights / "last.pt")
     for key, value in seen["merged"][-1].items():
         assert torch.equal(last[key], value.half() if value.is_floating_point() else value)
