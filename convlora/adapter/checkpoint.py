@@ -147,7 +147,7 @@ def extract_adapter(
         weight, bias = tensor_key(path, "weight"), tensor_key(path, "bias")
         fit = factorization.fit(spec.to_convolution(_difference(base, tuned, weight)), spec, choose)
         tensors = dict(fit.factors)
-        if bias in differing and tuple(base[bias].shape) == (spec.out_channels,):
+        if bias in differing and base[bias].is_floating_point() and tuple(base[bias].shape) == (spec.out_channels,):
             tensors[BIAS_DELTA] = _difference(base, tuned, bias)
         dtype = torch.float64 if base[weight].dtype == tuned[weight].dtype == torch.float64 else torch.float32
         tensors = {n: t.to("cpu", dtype) for n, t in tensors.items()}
