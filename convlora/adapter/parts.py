@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -81,9 +81,13 @@ class AdapterParts:
 
 def layer_delta(config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False) -> Tensor:
     """ΔW of a layer with its scale and a strength, in the computation and the order of an adapted layer."""
+    return unscaled_delta(config, layer, exact) * (strength * config.scale(layer.rank, layer.alpha))
+
+
+def unscaled_delta(config: AdapterConfig, layer: LayerFactors, exact: bool = False) -> Tensor:
+    """What `layer_delta` multiplies by scale and strength."""
     factors = {name: t.double() if exact else at_least_float32(t) for name, t in layer.tensors.items()}
-    delta = layer.spec.from_convolution(get_factors(config.factors).delta(factors, layer.spec))
-    return delta * (strength * config.scale(layer.rank, layer.alpha))
+    return layer.spec.from_convolution(get_factors(config.factors).delta(factors, layer.spec))
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -107,11 +111,22 @@ def base_fingerprint(weights: Mapping[str, Tensor]) -> str | None:
     It tells bases apart, which needs no cryptography: CRC-32 takes a fraction of the time, and one changed element of
     up to 32 bits always changes it.
     """
-    digest = hashlib.sha256()
-    for path in sorted(weights):
-        weight = weights[path]
-        if weight.is_meta:
-            return None
-        crc = zlib.crc32(tensor_bytes(weight))
-        digest.update(f"{tensor_key(path, 'weight')}|{weight.dtype}|{tuple(weight.shape)}|{crc}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
+    if any(weight.is_meta for weight in weights.values()):
+        return None
+    return fingerprint_of_sums(
+        {path: weight_sum(weight.dtype, weight.shape, [weight]) for path, weight in weights.items()}
+    )
+
+
+def weight_sum(dtype: torch.dtype, shape: Iterable[int], blocks: Iterable[Tensor]) -> str:
+    """What `base_fingerprint` takes of one weight, which may come in blocks: one after the other, in C order."""
+    crc = 0
+    for block in blocks:
+        crc = zlib.crc32(tensor_bytes(block), crc)
+    return f"{dtype}|{tuple(shape)}|{crc}"
+
+
+def fingerprint_of_sums(sums: Mapping[str, str]) -> str:
+    """The fingerprint of the base whose layers have these `weight_sum`s."""
+    lines = "".join(f"{tensor_key(path, 'weight')}|{sums[path]}\n" for path in sorted(sums))
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"

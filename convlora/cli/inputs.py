@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from convlora import formats
 from convlora.adapter.adapter import Adapter
 from convlora.adapter.checkpoint import state_dict_misfits
-from convlora.adapter.parts import base_fingerprint, tensor_key
+from convlora.adapter.parts import fingerprint_of_sums, tensor_key, weight_sum
 from convlora.cli.architecture import layers_of, with_checkpoint_names
 from convlora.errors import ConvLoRAError
 from convlora.formats.checkpoints import Checkpoint
+from convlora.support.tensorfile import shapes_of, stored_blocks
 from convlora.targets import nearest_names
 
 OTHER_BASE = "'{}' was trained on another base of the same shapes, or on another precision of it"
@@ -45,8 +47,9 @@ def fit_to_base(adapter: Adapter, state: Mapping[str, Any], file: Path, base: Pa
     Raises:
         ConvLoRAError: it does not fit; all that is missing or mismatched is listed.
     """
-    placed = with_checkpoint_names(adapter, state) if state_dict_misfits(adapter, state) else adapter
-    problems = state_dict_misfits(placed, state)
+    shapes = shapes_of(state)
+    placed = with_checkpoint_names(adapter, state) if state_dict_misfits(adapter, shapes) else adapter
+    problems = state_dict_misfits(placed, shapes)
     if problems:
         remedy = f"; {nearest_names(problems.missing[0], state)}" if problems.missing else ""
         raise ConvLoRAError(f"{command}: '{file}' does not fit '{base}': {problems}{remedy}")
@@ -57,9 +60,21 @@ def is_same_base(adapter: Adapter, placed: Adapter, state: Mapping[str, Any]) ->
     """Whether the checkpoint is the base that was adapted, as stored or read in float32; None if the file tells not."""
     if adapter.fingerprint is None:
         return None
-    weights = {was: state[tensor_key(now, "weight")] for was, now in zip(adapter.layers, placed.layers, strict=True)}
-    read = {path: weight.to(torch.float32) for path, weight in weights.items()}
-    return adapter.fingerprint in (base_fingerprint(weights), base_fingerprint(read))
+    shapes = shapes_of(state)
+    names = {was: tensor_key(now, "weight") for was, now in zip(adapter.layers, placed.layers, strict=True)}
+
+    def is_read_as(dtype: torch.dtype | None) -> bool:
+        sums = {
+            path: weight_sum(dtype or shapes[name].dtype, shapes[name].shape, _blocks(state, name, dtype))
+            for path, name in names.items()
+        }
+        return fingerprint_of_sums(sums) == adapter.fingerprint
+
+    return is_read_as(None) or is_read_as(torch.float32)
+
+
+def _blocks(state: Mapping[str, Any], name: str, dtype: torch.dtype | None) -> Iterable[Tensor]:
+    return (block if dtype is None else block.to(dtype) for block in stored_blocks(state, name))
 
 
 def per_adapter(values: Sequence[float], adapters: Sequence[Path], command: str, option: str) -> list[float]:
