@@ -35,6 +35,35 @@ def pattern_matches(pattern: str, name: str) -> bool:
     return any(fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
 
 
+class NameIndex:
+    """Dotted names by what selects them: thousands of patterns without wildcard, as a file states, take linear time.
+
+    Example:
+        >>> index = NameIndex(["stem.conv", "body.0.conv", "body.1"])
+        >>> index.matching("conv"), index.matching(r"re:body\\.1"), index.matching("body.*")
+        (['stem.conv', 'body.0.conv'], ['body.1'], ['body.0.conv', 'body.1'])
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = list(names)
+        self._whole = set(self.names)
+        self._tails: dict[str, list[str]] = {}
+        for name in self.names:
+            parts = name.split(".")
+            for i in range(len(parts)):
+                self._tails.setdefault(".".join(parts[i:]), []).append(name)
+
+    def matching(self, pattern: str) -> list[str]:
+        """The names that a pattern selects, in their order; raises `re.error`. See `pattern_matches`."""
+        if pattern.startswith("re:"):
+            text = re.sub(r"\\(.)", r"\1", pattern[3:], flags=re.DOTALL)
+            if re.escape(text) == pattern[3:]:  # one name and no other
+                return [text] if text in self._whole else []
+        elif _is_literal(pattern):
+            return self._tails.get(pattern, [])
+        return [name for name in self.names if pattern_matches(pattern, name)]
+
+
 def select_layers(
     model: nn.Module, targets: Sequence[Target], exclude: Sequence[Target], operation: str
 ) -> tuple[dict[str, nn.Module], list[Target]]:
@@ -44,13 +73,14 @@ def select_layers(
         ConvLoRAError: a target selects nothing, or names by a pattern without wildcard what cannot be adapted.
     """
     named = list(model.named_modules(remove_duplicate=False))
+    modules, index = dict(named), NameIndex(name for name, _ in named)
     reasons = {id(module): why_not(module) for _, module in named}
     adaptable = {name: module for name, module in named if reasons[id(module)] is None}
     # The modules of a norm or of an adapter are parts of a layer, not what a name without wildcard means.
     parts = {id(part) for module in adaptable.values() for part in module.modules()}
     selected: set[int] = set()
     for target in targets:
-        hits = [(name, module) for name, module in named if target_selects(target, name, module, operation)]
+        hits = [(name, modules[name]) for name in _selected(target, modules, index, operation)]
         if isinstance(target, str) and _is_literal(target):
             meant = [hit for hit in hits if hit[0] == target] or hits  # a full name means that layer first
             for name, module in meant:
@@ -69,7 +99,8 @@ def select_layers(
         selected |= found
     idle: list[Target] = []
     for target in exclude:
-        found = {id(module) for name, module in adaptable.items() if target_selects(target, name, module, operation)}
+        names = _selected(target, modules, index, operation)
+        found = {id(modules[name]) for name in names if name in adaptable}
         if not found:
             idle.append(target)
         selected -= found
@@ -90,9 +121,10 @@ def select_modules(model: nn.Module, targets: Sequence[Target], operation: str, 
         ConvLoRAError: a target selects nothing.
     """
     named = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if not is_part_of_adapter(name)]
+    by_name, index = dict(named), NameIndex(name for name, _ in named)
     selected: set[int] = set()
     for target in targets:
-        hits = [(name, m) for name, m in named if target_selects(target, name, m, operation)]
+        hits = [(name, by_name[name]) for name in _selected(target, by_name, index, operation)]
         if isinstance(target, str) and _is_literal(target):
             hits = [hit for hit in hits if hit[0] == target] or hits  # a full name means that module first
         if not hits:
@@ -112,9 +144,10 @@ def values_by_layer(
 ) -> dict[str, V]:
     """Layer name -> value by `{pattern: value}`, the last matching pattern wins."""
     names = list(names)
+    index = NameIndex(names)
     result = dict.fromkeys(names, default)
     for pattern, value in (values or {}).items():
-        hits = [name for name in names if _guard(pattern_matches, pattern, name, operation)]
+        hits = _matching(index, pattern, operation)
         if not hits:
             close = nearest_names(pattern, names)
             raise ConvLoRAError(
@@ -147,6 +180,20 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
 def describe_target(target: Target) -> str:
     """A target as error messages show it."""
     return repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
+
+
+def _selected(target: Target, modules: Mapping[str, nn.Module], index: NameIndex, operation: str) -> list[str]:
+    """The names of the modules that a target of any form selects."""
+    if isinstance(target, str):
+        return _matching(index, target, operation)
+    return [name for name, module in modules.items() if target_selects(target, name, module, operation)]
+
+
+def _matching(index: NameIndex, pattern: str, operation: str) -> list[str]:
+    try:
+        return index.matching(pattern)
+    except re.error as error:
+        raise ConvLoRAError(f"{operation}: '{pattern}' is no regular expression ({error})") from None
 
 
 def target_selects(target: Target, name: str, module: nn.Module, operation: str) -> bool:
