@@ -50,9 +50,9 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.kernels += not _only_looks(func)
-        for value in tree_flatten(result)[0]:
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if storage._cdata not in given:
                 self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return result
 
@@ -60,6 +60,10 @@ class _Watch(TorchDispatchMode):
         """Bytes of the storages that are still held, but for those of some tensors."""
         own = {tensor.untyped_storage()._cdata for tensor in apart}
         return sum(size for key, (ref, size) in self.storages.items() if key not in own and not ref.expired())
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [value.untyped_storage() for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
 
 
 def _only_looks(func: Any) -> bool:

@@ -13,7 +13,8 @@ from torch import nn
 
 import convlora
 from convlora import targets
-from convlora.targets import NameIndex, nearest_names, pattern_matches
+from convlora.support import patterns
+from convlora.support.patterns import NameIndex, nearest_names, pattern_matches, values_by_layer
 
 
 class Block(nn.Module):
@@ -133,18 +134,18 @@ PATTERNS = [*NAMES, "a*", "*.a", "?", "[ab]", "re:a", "re:a.b", r"re:a\.b", r"re
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_an_index_selects_what_patterns_match(pattern: str) -> None:
-    assert NameIndex(NAMES).matching(pattern) == [name for name in NAMES if pattern_matches(pattern, name)]
+    assert NameIndex(NAMES).matching(pattern, "test") == [name for name in NAMES if pattern_matches(pattern, name)]
 
 
 def test_thousands_of_exact_targets_are_not_compared_with_thousands_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(1000)))
     exact = [rf"re:{i}\.0" if i % 2 else f"{i}.0" for i in range(1000)]
     compared = itertools.count()
-    monkeypatch.setattr(targets, "pattern_matches", lambda *given: (next(compared), pattern_matches(*given))[1])
+    monkeypatch.setattr(patterns, "pattern_matches", lambda *given: (next(compared), pattern_matches(*given))[1])
     layers, idle = targets.select_layers(model, exact, exact[:10], "test")
     assert (len(layers), idle) == (990, [])
     saved = targets.select_modules(model, [rf"re:{i}\.1" for i in range(1000)], "test", "modules_to_save")
     assert len(saved) == 1000
-    ranks = targets.values_by_layer({f"{i}.0": i for i in range(10, 1000)}, 0, layers, "test", "ranks")
+    ranks = values_by_layer({f"{i}.0": i for i in range(10, 1000)}, 0, layers, "test", "ranks")
     assert list(ranks.values()) == list(range(10, 1000))
     assert next(compared) == 0

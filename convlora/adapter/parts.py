@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +12,6 @@ from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors.base import WeightSpec, get_factors
 from convlora.factors.fuse import is_finite
-from convlora.support.safetensors import tensor_bytes
 
 BIAS_DELTA = "lora_bias"
 
@@ -103,30 +100,3 @@ def tensor_key(path: str, name: str) -> str:
         ('body.0.lora_A', 'weight')
     """
     return f"{path}.{name}" if path else name
-
-
-def base_fingerprint(weights: Mapping[str, Tensor]) -> str | None:
-    """SHA-256 over name, dtype, shape and CRC-32 of the base weight of each layer path; None while one has no values.
-
-    It tells bases apart, which needs no cryptography: CRC-32 takes a fraction of the time, and one changed element of
-    up to 32 bits always changes it.
-    """
-    if any(weight.is_meta for weight in weights.values()):
-        return None
-    return fingerprint_of_sums(
-        {path: weight_sum(weight.dtype, weight.shape, [weight]) for path, weight in weights.items()}
-    )
-
-
-def weight_sum(dtype: torch.dtype, shape: Iterable[int], blocks: Iterable[Tensor]) -> str:
-    """What `base_fingerprint` takes of one weight, which may come in blocks: one after the other, in C order."""
-    crc = 0
-    for block in blocks:
-        crc = zlib.crc32(tensor_bytes(block), crc)
-    return f"{dtype}|{tuple(shape)}|{crc}"
-
-
-def fingerprint_of_sums(sums: Mapping[str, str]) -> str:
-    """The fingerprint of the base whose layers have these `weight_sum`s."""
-    lines = "".join(f"{tensor_key(path, 'weight')}|{sums[path]}\n" for path in sorted(sums))
-    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"

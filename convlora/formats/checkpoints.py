@@ -6,6 +6,7 @@ import copy
 import io
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,11 +82,14 @@ class Checkpoint:
 
     @property
     def state(self) -> Mapping[str, Any]:
-        """The state dict by the names of the network, without nesting and prefix."""
-        skipped = len(self.prefix)
+        """The state dict by the names of the network, without nesting and prefix, with what torch notes beside it."""
         if isinstance(self.content, TensorFile):
             return self.content.below(self.prefix)
-        return {n[skipped:]: v for n, v in _inside(self.content, self.where).items() if n.startswith(self.prefix)}
+        skipped, inside = len(self.prefix), _inside(self.content, self.where)
+        state = OrderedDict((n[skipped:], v) for n, v in inside.items() if n.startswith(self.prefix))
+        noted = getattr(inside, "_metadata", {})
+        state._metadata = {path.removeprefix(self.prefix): value for path, value in noted.items()}  # type: ignore[attr-defined]
+        return state
 
     @property
     def beside(self) -> list[str]:

@@ -182,7 +182,7 @@ def _sum_of_bits(tensor: Tensor) -> Tensor | None:
     if bits.device.type != "cpu" or len(bits) <= BLOCK:
         return bits.sum(dtype=torch.int64)
     # A CPU widens all that it sums first: in blocks, that stays in the cache and takes no memory.
-    return torch.stack([block.sum(dtype=torch.int64) for block in bits.split(BLOCK)]).sum()
+    return torch.stack([block.sum(dtype=torch.int64) for block in torch.split(bits, BLOCK)]).sum()
 
 
 def version(tensor: Tensor) -> int:

@@ -154,6 +154,30 @@ class TensorFile(Mapping[str, Tensor]):
         return found.view(place.dtype)
 
 
+@dataclass(frozen=True)
+class RenamedTensors(Mapping[str, Tensor]):
+    """Tensors of a state dict by other names, each read when it is asked for; in another dtype if one is given.
+
+    Example:
+        >>> RenamedTensors({"body.0.weight": torch.ones(1)}, {"body.0": "body.0.weight"}, torch.float64)["body.0"]
+        tensor([1.], dtype=torch.float64)
+    """
+
+    state: Mapping[str, Any]
+    names: Mapping[str, str]
+    dtype: torch.dtype | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self.state[self.names[name]]
+        return tensor if self.dtype is None else tensor.to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 def shapes_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """A state dict of which only names, shapes and dtypes are asked: nothing of a file is read then.
 

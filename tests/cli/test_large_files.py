@@ -60,7 +60,7 @@ def test_merge_takes_little_more_memory_than_the_largest_tensor(tmp_path: Path) 
     done = subprocess.run(
         [sys.executable, "-c", PEAK, *small, *large],
         check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)},  # what is freed is given back
     )  # fmt: skip
     assert largest <= int(done.stdout) < 1.3 * largest + adapter + 2**22 < whole / 4  # some MiB are the heap's own
     with safe_open(large[2], "pt") as out, safe_open(large[0], "pt") as base:
@@ -146,10 +146,3 @@ def test_a_head_of_another_shape_is_written_anew(tmp_path: Path) -> None:
     assert found["2.weight"].shape == (7, 4)
     with safe_open(out, "pt") as file:
         assert file.metadata() == {"format": "pt", "author": "x"}
-
-
-def test_verify_reads_a_large_base_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, lora, _ = files(chain(2, 300), tmp_path / "a")
-    monkeypatch.setattr(TensorFile, "__getitem__", None)
-    result = run("verify", lora, "--base", base)
-    assert (result.exit_code, result.stderr) == (0, "")

@@ -35,7 +35,6 @@ def test_operations_and_memory_of_a_frozen_and_of_a_trained_layer(device: str) -
     layer.requires_grad_(False)
     frozen = count_step(layer, loss)
     assert (frozen.flops, frozen.trained, frozen.optimizer) == (2 * product, 0, 0)
-    assert frozen.kernels < trained.kernels + 1
 
 
 def test_views_are_no_kernels() -> None:
