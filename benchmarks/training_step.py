@@ -42,8 +42,7 @@ from common import (
     time_interleaved,
     write_results,
 )  # fmt: skip
-from lycoris import LycorisNetwork, create_lycoris
-from peft import LoraConfig, inject_adapter_in_model
+from contestants import floor, full, lora, lycoris, ours, peft
 from spandrel.architectures.ESRGAN import ESRGAN
 from spandrel.architectures.SwinIR import SwinIR
 from sr.models import new_span
@@ -143,63 +142,6 @@ WEIGHED = ("SPAN-48", "RRDB, 3 blocks", "SwinIR-60, all")  # whose memory is mea
 
 
 # --- the contestants ----------------------------------------------------------------------------------------------
-
-
-def floor(model: nn.Module, names: list[str], rank: int) -> nn.Module:
-    return model.requires_grad_(False)
-
-
-def full(model: nn.Module, names: list[str], rank: int) -> nn.Module:
-    model.requires_grad_(False)
-    for name in names:
-        model.get_submodule(name).requires_grad_(True)
-    return model
-
-
-def peft(model: nn.Module, names: list[str], rank: int) -> nn.Module:
-    return inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
-
-
-def lycoris(model: nn.Module, names: list[str], rank: int) -> nn.Module:
-    model.requires_grad_(False)
-    LycorisNetwork.apply_preset({"target_module": [], "target_name": names, "enable_conv": True})
-    network = create_lycoris(
-        model, 1.0, linear_dim=rank, linear_alpha=rank, conv_dim=rank, conv_alpha=rank, algo="lora"
-    )
-    network.apply_to()
-    model.register_module("lycoris", network)
-    return model
-
-
-def lora(model: nn.Module, names: list[str], rank: int) -> nn.Module:
-    """Microsoft's loralib, whose layers take the place of those of the net."""
-    model.requires_grad_(False)
-    for name in names:
-        layer = model.get_submodule(name)
-        has_bias = layer.bias is not None
-        if isinstance(layer, nn.Linear):
-            new = loralib.Linear(layer.in_features, layer.out_features, r=rank, lora_alpha=rank, bias=has_bias)
-        else:
-            new = loralib.Conv2d(
-                layer.in_channels, layer.out_channels, layer.kernel_size[0], r=rank, lora_alpha=rank, bias=has_bias,
-                stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups,
-            )  # fmt: skip
-        for parameter in new.parameters():
-            parameter.requires_grad_(False)
-        for part, parameter in new.named_parameters():
-            parameter.requires_grad_("lora_" in part)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new)
-    return model
-
-
-def ours(factors: str) -> Callable[[nn.Module, list[str], int], nn.Module]:
-    def put(model: nn.Module, names: list[str], rank: int) -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", convlora.ConvLoRAWarning)  # depthwise: more parameters than the layer
-            return convlora.inject(model, [f"re:{name}" for name in names], rank=rank, factors=factors)
-
-    return put
 
 
 def form_of(contestant: str) -> AbstractContextManager[Any]:
