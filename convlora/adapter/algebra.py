@@ -273,6 +273,45 @@ def alpha_of_scale_one(config: AdapterConfig, rank: int) -> float:
     return float(rank) if config.rank_scaling == "linear" else math.sqrt(rank)
 
 
+def padded(adapter: A, ranks: Mapping[str, int]) -> A:
+    """The same adapter at higher ranks, by layer path: what is added updates nothing, and trains as a new adapter does.
+
+    The scale of each layer stays, so its alpha grows with its rank.
+
+    Raises:
+        ConvLoRAError: the factorization has no method `join`.
+    """
+    wanted = {path: rank for path, rank in ranks.items() if rank > adapter.layers[path].rank}
+    if not wanted:
+        return adapter
+    factorization = factorization_with(adapter.config.factors, "join", "Adapter")
+    layers = {
+        path: _padded(factorization, adapter.config, layer, wanted[path]) if path in wanted else layer
+        for path, layer in adapter.layers.items()
+    }
+    return assemble(
+        type(adapter),
+        adapter.config,
+        layers,
+        fingerprint=adapter.fingerprint,
+        errors=adapter.errors,
+        modules=adapter.modules,
+    )
+
+
+def _padded(factorization: Any, config: AdapterConfig, layer: LayerFactors, rank: int) -> LayerFactors:
+    shapes = factorization.shapes(layer.spec, rank - layer.rank)
+    more = {name: torch.empty(shape, dtype=_dtype(layer)) for name, shape in shapes.items()}
+    with torch.random.fork_rng(devices=[]):  # the same in every process, and the caller's random numbers stay
+        torch.default_generator.manual_seed(0)
+        factorization.init_(more, config.init)
+    tensors = factorization.join([{name: layer.tensors[name] for name in shapes}, more])
+    if BIAS_DELTA in layer.tensors:
+        tensors[BIAS_DELTA] = layer.tensors[BIAS_DELTA]
+    alpha = config.scale(layer.rank, layer.alpha) * alpha_of_scale_one(config, rank)
+    return LayerFactors(tensors, layer.spec, rank, alpha, layer.aliases)
+
+
 def with_linear_scaling(adapter: AdapterParts) -> dict[str, LayerFactors]:
     """The layers with alphas for which the scale is `alpha / rank`, whatever the adapter's `rank_scaling`."""
     if adapter.config.rank_scaling == "linear":

@@ -15,7 +15,7 @@ from convlora.adapter.parts import base_fingerprint, tensor_key
 from convlora.cli.architecture import layers_of, with_checkpoint_names
 from convlora.errors import ConvLoRAError
 from convlora.formats.checkpoints import Checkpoint
-from convlora.targets import nearest_names
+from convlora.support.patterns import nearest_names
 
 OTHER_BASE = "'{}' was trained on another base of the same shapes, or on another precision of it"
 

@@ -25,7 +25,8 @@ from convlora.formats import specs_from_checkpoint, specs_of
 from convlora.formats.checkpoints import Checkpoint
 from convlora.support.progress import counted_steps
 from convlora.support.table import text_table
-from convlora.targets import nearest_names, select_layers, values_by_layer
+from convlora.support.patterns import nearest_names, values_by_layer
+from convlora.targets import select_layers
 
 
 def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:

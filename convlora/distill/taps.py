@@ -16,7 +16,8 @@ from convlora.config import Target
 from convlora.errors import ConvLoRAError
 from convlora.layer.adapted import Adapted
 from convlora.model.traversal import unwrap_model
-from convlora.targets import describe_target, nearest_names, target_selects
+from convlora.support.patterns import nearest_names
+from convlora.targets import describe_target, target_selects
 
 _ELEMENT = re.compile(r"(.+)\[(-?\w+)\]", re.DOTALL)
 _BEFORE = r"\1"

@@ -114,7 +114,8 @@ _REGISTRY: dict[str, Factorization] = {}  # the shipped ones are registered by t
 # A factor's tensor becomes a parameter of the module that holds the factors: these names it has already.
 _RESERVED = frozenset(dir(nn.Module())) | {
     "alpha", "config", "configure", "copy_", "drops", "factorization", "factors", "follow", "in_float64", "lora_bias",
-    "rank", "reset_parameters", "scale", "set_strength", "spec", "strength", "tensor_names", "updates", "was_loaded",
+    "lora_scale", "rank", "reset_parameters", "scale", "set_strength", "spec", "strength", "tensor_names", "updates",
+    "was_loaded",
 }  # fmt: skip
 
 

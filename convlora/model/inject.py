@@ -44,7 +44,8 @@ from convlora.model.traversal import (
     require_adapters,
     unwrap_model,
 )
-from convlora.targets import describe_target, select_layers, select_modules, values_by_layer
+from convlora.support.patterns import values_by_layer
+from convlora.targets import describe_target, select_layers, select_modules
 
 M = TypeVar("M", bound=nn.Module)
 
