@@ -15,6 +15,7 @@ from convlora.adapter.checkpoint import apply_adapters, extract_adapter
 from convlora.adapter.file import read_adapter, write_adapter
 from convlora.adapter.naming import Names, rename_layers
 from convlora.adapter.parts import AdapterParts, LayerFactors, layer_delta
+from convlora.config import Strength
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
 
@@ -123,15 +124,18 @@ class Adapter(AdapterParts):
             raise ConvLoRAError(f"Adapter.delta: no layer {layer!r}; the adapter has {known}")
         return layer_delta(self.config, self.layers[layer], 1.0)
 
-    def apply_to(self, state_dict: Mapping[str, Any], strength: float = 1.0, *, exact: bool = False) -> dict[str, Any]:
+    def apply_to(
+        self, state_dict: Mapping[str, Any], strength: Strength = 1.0, *, exact: bool = False
+    ) -> dict[str, Any]:
         """A checkpoint with the adapter merged in: key order, dtypes and all other entries stay.
 
+        `strength`: one for all layers, or `{pattern: strength}`, as for `convlora.activate`.
         The values are bitwise those that `convlora.merge` computes, with the same `exact`. Copies of modules take the
         place of the checkpoint's entries, of other shapes, too; at another strength than 1 they are
         `base + strength·(copy − base)`. The given state dict is not changed.
 
         Raises:
-            ConvLoRAError: weights are missing or of other shapes; all are listed.
+            ConvLoRAError: weights are missing or of other shapes; all are listed. A pattern matches no layer.
 
         Example:
             >>> import torch, convlora
@@ -169,12 +173,13 @@ class Adapter(AdapterParts):
     # --- algebra: each gives a new adapter; the mathematics is in algebra.py and checkpoint.py
 
     @staticmethod
-    def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    def combine(adapters: Sequence[Adapter], weights: Sequence[Strength]) -> Adapter:
         """The weighted sum of adapters: `ΔW = Σ weight · ΔWᵢ` in every layer that any of them has.
 
         Exact, but for one rounding of each factor; ranks add up, and the scale becomes 1. Layers, ranks, alphas and
         `rank_scaling` may differ; bias deltas are summed, too. Name and the rest of the config are the first one's.
-        Copies of modules are averaged, so the weights of the adapters that have one must sum to 1.
+        Copies of modules are averaged, so the weights of the adapters that have one must sum to 1. A weight may be
+        `{pattern: weight}` by layer, as a strength for `convlora.activate`.
 
         Raises:
             ConvLoRAError: the factorizations differ, or one layer has weights of different shapes.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convlora.adapter.algebra import alpha_of_scale_one, assemble, factorization_with
+from convlora.adapter.naming import other_prefixes, rename_layers
 from convlora.adapter.parts import (
     BIAS_DELTA,
     AdapterParts,
@@ -18,10 +19,11 @@ from convlora.adapter.parts import (
     at_least_float32,
     base_fingerprint,
     layer_delta,
+    strengths_of,
     tensor_key,
 )
 from convlora.adapter.specs import guess_spec, is_layer_weight
-from convlora.config import AdapterConfig, is_number
+from convlora.config import AdapterConfig, Strength
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
 from convlora.factors.fuse import fuse_weight, fuse_weight_exactly, is_finite, mixture
@@ -33,7 +35,7 @@ A = TypeVar("A", bound=AdapterParts)
 
 
 def apply_adapters(
-    strengths: Sequence[tuple[AdapterParts, float]], state_dict: Mapping[str, Any], exact: bool = False
+    strengths: Sequence[tuple[AdapterParts, Strength]], state_dict: Mapping[str, Any], exact: bool = False
 ) -> dict[str, Any]:
     """See `Adapter.apply_to`; of several adapters the updates are summed before the one rounding, as in a model."""
     if not isinstance(state_dict, Mapping):
@@ -46,17 +48,18 @@ def apply_adapters(
         for alias in layer.aliases
     }
     changes: dict[str, dict[int, tuple[AdapterParts, LayerFactors, float]]] = {}
-    for number, (adapter, strength) in enumerate(strengths):
-        if not is_number(strength):
-            raise ConvLoRAError(f"Adapter.apply_to: strength (={strength!r}) must be a finite number")
-        state_dict_misfits(adapter, state_dict).raise_if_any("Adapter.apply_to")
+    by_layer = [(adapter, strengths_of(adapter, strength, "Adapter.apply_to")) for adapter, strength in strengths]
+    for number, (adapter, each) in enumerate(by_layer):
+        if problems := state_dict_misfits(adapter, state_dict):
+            ways = ", or ".join(f"by rename({names})" for names, _ in renamings_that_fit(adapter, state_dict))
+            raise ConvLoRAError(f"Adapter.apply_to: {problems}{f'; it fits {ways}' if ways else ''}")
         for path, layer in adapter.layers.items():
-            for kind in _kinds(layer):
+            for kind in _kinds(layer) if each[path] else ():
                 name = copies.get(tensor_key(path, kind), tensor_key(path, kind))
-                changes.setdefault(name, {}).setdefault(number, (adapter, layer, strength))
+                changes.setdefault(name, {}).setdefault(number, (adapter, layer, each[path]))
     problems = Problems()
     merged: dict[str, Tensor] = {}
-    mixed = _copies(strengths)
+    mixed = _copies(by_layer)
     for name in counted_steps(dict.fromkeys([*changes, *mixed])):
         base: Any = state_dict.get(name)
         parts, owned = changes.get(name, {}), mixed.get(name, [])
@@ -74,7 +77,7 @@ def apply_adapters(
         if merged[name].is_floating_point() and not is_finite(merged[name]):
             problems.non_finite.append(name)
     problems.raise_if_any("Adapter.apply_to")
-    merged.update({alias: merged[name] for alias, name in copies.items()})
+    merged.update({alias: merged[name] for alias, name in copies.items() if name in merged})
     result = OrderedDict((name, merged.get(name, value)) for name, value in state_dict.items())
     result.update({name: value for name, value in merged.items() if name not in result})  # a bias that the base lacks
     if hasattr(state_dict, "_metadata"):  # the versions of torch's modules
@@ -82,13 +85,13 @@ def apply_adapters(
     return result
 
 
-def _copies(strengths: Sequence[tuple[AdapterParts, float]]) -> dict[str, list[tuple[Tensor, float]]]:
+def _copies(by_layer: Sequence[tuple[AdapterParts, Mapping[str, float]]]) -> dict[str, list[tuple[Tensor, float]]]:
     """Entry of a checkpoint -> the copies that take its place, by strength."""
     found: dict[str, list[tuple[Tensor, float]]] = {}
-    for adapter, strength in strengths:
-        for path, tensors in adapter.modules.items() if strength else ():
-            for name, copy in tensors.items():
-                found.setdefault(tensor_key(path, name), []).append((copy, strength))
+    for adapter, each in by_layer:
+        for path, tensors in adapter.modules.items():
+            for name, copy in tensors.items() if each[path] else ():
+                found.setdefault(tensor_key(path, name), []).append((copy, each[path]))
     return found
 
 
@@ -115,6 +118,13 @@ def state_dict_misfits(adapter: AdapterParts, state_dict: Mapping[str, Any]) -> 
             if isinstance(base, Tensor) and base.dim() != copy.dim():
                 problems.mismatched.append(f"{name} {tuple(base.shape)} instead of {tuple(copy.shape)}")
     return problems
+
+
+def renamings_that_fit(adapter: A, state_dict: Mapping[str, Any], prefix: str = "") -> list[tuple[dict[str, str], A]]:
+    """The prefixes, or the one given, that make an adapter fit a state dict, added or taken away; the adapter by each."""
+    paths = dict.fromkeys(str(name).rpartition(".")[0] for name in state_dict)
+    renamed = ((names, rename_layers(adapter, names)) for names in other_prefixes(adapter, paths, prefix))
+    return [(names, other) for names, other in renamed if not state_dict_misfits(other, state_dict)]
 
 
 def _kinds(layer: LayerFactors) -> tuple[str, ...]:

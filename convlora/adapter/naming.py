@@ -95,7 +95,7 @@ def other_prefixes(adapter: AdapterParts, known: Collection[str], prefix: str = 
         >>> from torch import nn
         >>> lit = nn.ModuleDict({"net": nn.Sequential(nn.Conv2d(3, 8, 3))})
         >>> adapter = convlora.adapter(convlora.inject(lit, targets="*", rank=1))
-        >>> other_prefixes(adapter, ["", "0"]), other_prefixes(adapter, ["model", "model.net", "model.net.0"])
+        >>> other_prefixes(adapter, ["0"]), other_prefixes(adapter, ["model", "model.net", "model.net.0"])
         ([{'net': ''}], [{'': 'model'}])
     """
     paths = list(dict.fromkeys([*adapter.layers, *adapter.modules]))

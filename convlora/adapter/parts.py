@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from convlora.config import AdapterConfig, is_number
+from convlora.config import AdapterConfig, Strength, is_number, strengths_by_layer
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors.base import WeightSpec, get_factors
 from convlora.factors.fuse import is_finite
@@ -77,6 +77,11 @@ class AdapterParts:
                 if tensor.is_floating_point() and not is_finite(tensor.to(torch.float32)):
                     problems.non_finite.append(tensor_key(path, name))
         problems.raise_if_any("Adapter")
+
+
+def strengths_of(adapter: AdapterParts, strength: Strength, operation: str, what: str = "strength") -> dict[str, float]:
+    """Path -> strength, of all layers and copied modules; see `strengths_by_layer`."""
+    return strengths_by_layer(strength, dict.fromkeys([*adapter.layers, *adapter.modules]), operation, what)
 
 
 def layer_delta(config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False) -> Tensor:

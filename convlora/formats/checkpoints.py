@@ -7,8 +7,8 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from convlora.adapter.parts import tensor_key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, one_line
 from convlora.support.atomic import write_atomically
 from convlora.support.safetensors import tensor_bytes
@@ -29,6 +28,8 @@ SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".ckpt", ".bin")  # all but the first as
 
 # Where training code nests its state dict; of several, spandrel takes the first of this list, too.
 NESTED = ("model_state_dict", "state_dict", "params_ema", "params-ema", "params", "model", "net")
+_DEEPEST = 8  # levels of nesting that are looked into
+_SHOWN = 12  # names in an error message
 WRAPPERS = ("module.", "_orig_mod.", "netG.")  # DataParallel and DDP, torch.compile, some training code
 
 
@@ -59,11 +60,15 @@ class Checkpoint:
     raw: bytes | None = None
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Checkpoint:
+    def read(cls, path: str | os.PathLike[str], network: str | None = None) -> Checkpoint:
         """Read a `.safetensors` file, or one of `torch.save` with `weights_only=True`.
 
+        `network`: which of several state dicts, by its key or the dotted keys that lead to it, or by what all its names
+        begin with; by default the first of `NESTED`, or the only one.
+
         Raises:
-            ConvLoRAError: no such file, one that holds more than tensors and plain data, or one without a state dict.
+            ConvLoRAError: no such file, one that holds more than tensors and plain data, or one without a state dict,
+                with none of this name, or with several and no name.
         """
         path = Path(path)
         if path.suffix.lower() not in SUFFIXES:
@@ -73,13 +78,9 @@ class Checkpoint:
         except OSError as error:
             raise ConvLoRAError(f"read: '{path}' cannot be read ({error.strerror})") from None
         content = _in_order(raw, path) if path.suffix.lower() == SAFETENSORS else _of_torch(raw, path)
-        where = _where_nested(content)
-        state = _inside(content, where)
-        if not any(isinstance(value, Tensor) for value in state.values()):
-            inside = f" (in '{'.'.join(where)}')" if where else ""
-            raise ConvLoRAError(f"read: '{path}' holds no state dict{inside}; save the model's state_dict() alone")
-        prefix = ""
-        while wrapper := next((w for w in WRAPPERS if all(name.startswith(prefix + w) for name in state)), None):
+        where, prefix = _where_nested(content, path) if network is None else _where_named(content, network, path)
+        names = [name for name in _inside(content, where) if name.startswith(prefix)]
+        while wrapper := next((w for w in WRAPPERS if all(name.startswith(prefix + w) for name in names)), None):
             prefix += wrapper
         return cls(path, content, where, prefix, raw if path.suffix.lower() == SAFETENSORS else None)
 
@@ -93,23 +94,7 @@ class Checkpoint:
     def beside(self) -> list[str]:
         """Further state dicts at the same place: they are neither read nor changed."""
         holder = _inside(self.content, self.where[:-1]) if self.where else {}
-        return [name for name in NESTED if name not in self.where and _is_state_dict(holder.get(name))]
-
-    def fitting(self, layers: Iterable[str]) -> Checkpoint:
-        """The checkpoint with the one prefix under which it has all these layers; as it is if there is none.
-
-        Raises:
-            ConvLoRAError: the checkpoint has the layers under several prefixes.
-        """
-        names = set(_inside(self.content, self.where))
-        weights = [tensor_key(path, "weight") for path in layers]
-        if all(self.prefix + weight in names for weight in weights):
-            return self
-        ends = [name.removesuffix(weights[0]) for name in names if f".{name}".endswith(f".{weights[0]}")]
-        prefixes = sorted(prefix for prefix in ends if all(prefix + weight in names for weight in weights))
-        if len(prefixes) > 1:
-            raise ConvLoRAError(f"read: '{self.path}' has these layers several times: below {', '.join(prefixes)}")
-        return replace(self, prefix=prefixes[0]) if prefixes else self
+        return [name for name, value in holder.items() if name not in self.where and _is_state_dict(value)]
 
     def write(self, path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         """Write the checkpoint with the values of `state`, which has the names of `self.state`; atomically.
@@ -200,16 +185,60 @@ def _patched(raw: bytes, changed: Mapping[str, Tensor]) -> bytes:
     return b"".join([*parts, memoryview(raw)[done:]])
 
 
-def _where_nested(content: Mapping[str, Any]) -> tuple[str, ...]:
+def _where_nested(content: Mapping[str, Any], path: Path) -> tuple[tuple[str, ...], str]:
+    """The keys that lead to the state dict that is meant where nobody says which, and no prefix."""
     where: tuple[str, ...] = ()
-    while not _is_state_dict(content):
-        known = [name for name in NESTED if isinstance(content.get(name), Mapping)]
-        only = [name for name in content if len(content) == 1 and isinstance(content[name], Mapping)]
+    inner: Any = content
+    while not _is_state_dict(inner) and len(where) < _DEEPEST:
+        known = [name for name in NESTED if isinstance(inner.get(name), Mapping)]
+        only = [name for name in inner if len(inner) == 1 and isinstance(inner[name], Mapping)]
         if not known and not only:
             break
         where = (*where, (known or only)[0])
-        content = content[where[-1]]
-    return where
+        inner = inner[where[-1]]
+    if _is_state_dict(inner):
+        return where, ""
+    networks = list(_networks(content))
+    if len(networks) == 1:
+        return networks[0], ""
+    if networks:
+        raise ConvLoRAError(f"read: '{path}' holds {_several(networks)}; say which by network=")
+    inside = f" (in '{'.'.join(where)}')" if where else ""
+    raise ConvLoRAError(f"read: '{path}' holds no state dict{inside}; save the model's state_dict() alone")
+
+
+def _where_named(content: Mapping[str, Any], network: str, path: Path) -> tuple[tuple[str, ...], str]:
+    """The keys that lead to a state dict of this name, or the prefix of its names in the one that is meant else."""
+    networks = {".".join(where): where for where in _networks(content)}
+    if network in networks:
+        return networks[network], ""
+    found = [where for name, where in networks.items() if name.endswith(f".{network}")]
+    if len(found) == 1:
+        return found[0], ""
+    if found:
+        raise ConvLoRAError(f"read: '{path}' holds {_several(found)}; say which by network=")
+    where, _ = _where_nested(content, path)
+    names = _inside(content, where)
+    if any(name.startswith(f"{network}.") for name in names):
+        return where, f"{network}."
+    heads = [(head,) for head in dict.fromkeys(name.partition(".")[0] for name in names)]
+    known = [keys for keys in networks.values() if keys] or heads
+    raise ConvLoRAError(f"read: '{path}' holds no network {network!r}; it has {_several(known)}")
+
+
+def _networks(content: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys that lead to each state dict."""
+    if _is_state_dict(content):
+        yield where
+    elif isinstance(content, Mapping) and len(where) < _DEEPEST:
+        for name, value in content.items():
+            if isinstance(name, str):
+                yield from _networks(value, (*where, name))
+
+
+def _several(networks: list[tuple[str, ...]]) -> str:
+    shown = [".".join(where) for where in networks]
+    return ", ".join(shown[:_SHOWN]) + (f", … ({len(shown)})" if len(shown) > _SHOWN else "")
 
 
 def _is_state_dict(value: Any) -> bool:

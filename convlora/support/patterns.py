@@ -54,9 +54,7 @@ def values_by_layer(
         hits = [name for name in names if checked_match(pattern, name, operation)]
         if not hits:
             close = nearest_names(pattern, names)
-            raise ConvLoRAError(
-                f"{operation}: {field} pattern '{pattern}' matches none of the selected layers; {close}"
-            )
+            raise ConvLoRAError(f"{operation}: {field} pattern '{pattern}' matches none of the layers; {close}")
         result.update(dict.fromkeys(hits, value))
     return result
 
