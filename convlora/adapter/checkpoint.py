@@ -121,7 +121,7 @@ def state_dict_misfits(adapter: AdapterParts, state_dict: Mapping[str, Any]) -> 
 
 
 def renamings_that_fit(adapter: A, state_dict: Mapping[str, Any], prefix: str = "") -> list[tuple[dict[str, str], A]]:
-    """The prefixes, or the one given, that make an adapter fit a state dict, added or taken away; the adapter by each."""
+    """The prefixes, added or taken away, by which an adapter fits a state dict, and the adapter by each."""
     paths = dict.fromkeys(str(name).rpartition(".")[0] for name in state_dict)
     renamed = ((names, rename_layers(adapter, names)) for names in other_prefixes(adapter, paths, prefix))
     return [(names, other) for names, other in renamed if not state_dict_misfits(other, state_dict)]

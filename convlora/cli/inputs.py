@@ -86,10 +86,12 @@ def fit_to_base(
     ways = renamings_that_fit(adapter, state, prefix)
     if len(ways) == 1:
         return ways[0][1]
-    refused = f"{command}: '{file}' does not fit '{base}'"
     if ways:
         found = ", ".join(describe_prefix(names) for names, _ in ways)
-        raise ConvLoRAError(f"{refused} in one way only, but {found}; --prefix or --network says which")
+        raise ConvLoRAError(
+            f"{command}: the names of '{file}' fit '{base}' in several ways, {found}; --prefix or --network says which"
+        )
+    refused = f"{command}: '{file}' does not fit '{base}'"
     if prefix:
         raise ConvLoRAError(f"{refused} with names that {prefix!r} is added to or taken from")
     placed = with_checkpoint_names(adapter, state)

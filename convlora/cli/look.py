@@ -147,12 +147,9 @@ def _with_names_of(ours: Adapter, theirs: Adapter, a: Path, b: Path, prefix: str
     """The adapter B by the names of A, where they differ by a prefix: the one that is given, or the only one."""
     if not prefix and any(path in ours.layers for path in theirs.layers):
         return theirs
-    known = [*ours.layers, *ours.modules]
-    ways = other_prefixes(theirs, known, prefix) or [
-        {new: old}
-        for names in other_prefixes(ours, [*theirs.layers, *theirs.modules], prefix)
-        for old, new in names.items()
-    ]
+    mine, other = ([*adapter.layers, *adapter.modules] for adapter in (ours, theirs))
+    ways = other_prefixes(theirs, mine, prefix)
+    ways = ways or [{new: old} for names in other_prefixes(ours, other, prefix) for old, new in names.items()]
     if len(ways) == 1:
         return theirs.rename(ways[0])
     if prefix:

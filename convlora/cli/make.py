@@ -72,7 +72,8 @@ def merge(
 
     The result is for every program that loads the base. Works on the bare weights, no network needed; key order,
     dtypes, nesting, metadata and all other weights stay. Where a file holds `params_ema` and `params`, the former is
-    adapted, unless --network says otherwise. A base other than the one that was adapted gives a warning: for a fine-tuned base that is meant.
+    adapted, unless --network says otherwise. A base other than the one that was adapted gives a warning: for a
+    fine-tuned base that is meant.
 
     \b
     Examples:

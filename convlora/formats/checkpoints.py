@@ -7,7 +7,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,7 +222,7 @@ def _where_named(content: Mapping[str, Any], network: str, path: Path) -> tuple[
     if any(name.startswith(f"{network}.") for name in names):
         return where, f"{network}."
     heads = [(head,) for head in dict.fromkeys(name.partition(".")[0] for name in names)]
-    known = [keys for keys in networks.values() if keys] or heads
+    known: Sequence[Sequence[str]] = [keys for keys in networks.values() if keys] or heads
     raise ConvLoRAError(f"read: '{path}' holds no network {network!r}; it has {_several(known)}")
 
 
@@ -236,7 +236,7 @@ def _networks(content: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[str, 
                 yield from _networks(value, (*where, name))
 
 
-def _several(networks: list[tuple[str, ...]]) -> str:
+def _several(networks: Sequence[Sequence[str]]) -> str:
     shown = [".".join(where) for where in networks]
     return ", ".join(shown[:_SHOWN]) + (f", … ({len(shown)})" if len(shown) > _SHOWN else "")
 
