@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import TypeAlias, TypeVar
 
 from convlora.adapter.algebra import assemble
-from convlora.adapter.parts import AdapterParts
+from convlora.adapter.parts import AdapterParts, is_statistic
 from convlora.errors import ConvLoRAError
-from convlora.support.patterns import nearest_names, pattern_matches
+from convlora.support.patterns import nearest_names
 
 A = TypeVar("A", bound=AdapterParts)
 Names: TypeAlias = "Mapping[str, str] | Callable[[str], str]"
@@ -32,10 +32,11 @@ def rename_layers(adapter: A, names: Names) -> A:
         new[path]: replace(layer, aliases=tuple(new[alias] for alias in layer.aliases))
         for path, layer in adapter.layers.items()
     }
-    saved = tuple(f"re:{re.escape(new[path])}" for path in adapter.modules if _is_saved(adapter, path))
+    # By what they hold, not by the config's patterns, which come from a file and may take for ever to match.
+    saved = (path for path, tensors in adapter.modules.items() if not all(map(is_statistic, tensors)))
     return assemble(
         type(adapter),
-        adapter.config.replace(modules_to_save=saved),
+        adapter.config.replace(modules_to_save=tuple(f"re:{re.escape(new[path])}" for path in saved)),
         layers,
         errors={new[path]: error for path, error in adapter.errors.items()},
         modules={new[path]: tensors for path, tensors in adapter.modules.items()},
@@ -73,14 +74,6 @@ def _mapped(paths: list[str], names: Mapping[str, str]) -> dict[str, str]:
     if unused := [str(head) for head in names if head not in used]:
         raise ConvLoRAError(f"{OPERATION}: the adapter has nothing at {unused[0]!r}; {nearest_names(unused[0], paths)}")
     return new
-
-
-def _is_saved(adapter: AdapterParts, path: str) -> bool:
-    """Whether a copy is one of `modules_to_save`, or inside of one; the others are running statistics."""
-    parts = path.split(".")
-    heads = [".".join(parts[:count]) for count in range(len(parts) + 1)]
-    patterns: Iterable[str] = adapter.config.modules_to_save  # type: ignore[assignment]
-    return any(pattern_matches(pattern, head) for pattern in patterns for head in heads)
 
 
 def other_prefixes(adapter: AdapterParts, known: Collection[str], prefix: str = "") -> list[dict[str, str]]:

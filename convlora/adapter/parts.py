@@ -96,6 +96,16 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
+def is_statistic(name: str) -> bool:
+    """Whether PyTorch names running statistics, or their counter, like this.
+
+    Example:
+        >>> is_statistic("running_mean"), is_statistic("weight")
+        (True, False)
+    """
+    return name.startswith(("running_", "num_batches_tracked"))
+
+
 def tensor_key(path: str, name: str) -> str:
     """`<layer path>.<name>`; the model itself has the empty path.
 

@@ -91,9 +91,11 @@ def fit_to_base(
         raise ConvLoRAError(
             f"{command}: the names of '{file}' fit '{base}' in several ways, {found}; --prefix or --network says which"
         )
+    if not problems:
+        return adapter
     refused = f"{command}: '{file}' does not fit '{base}'"
     if prefix:
-        raise ConvLoRAError(f"{refused} with names that {prefix!r} is added to or taken from")
+        raise ConvLoRAError(f"{refused} with names that {prefix!r} is added to or taken from: {problems}")
     placed = with_checkpoint_names(adapter, state)
     if problems := state_dict_misfits(placed, state):
         remedy = f"; {nearest_names(problems.missing[0], state)}" if problems.missing else ""

@@ -227,10 +227,10 @@ def _where_named(content: Mapping[str, Any], network: str, path: Path) -> tuple[
 
 
 def _networks(content: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The keys that lead to each state dict."""
+    """The keys that lead to each state dict, a part of another one, too."""
     if _is_state_dict(content):
         yield where
-    elif isinstance(content, Mapping) and len(where) < _DEEPEST:
+    if isinstance(content, Mapping) and len(where) < _DEEPEST:
         for name, value in content.items():
             if isinstance(name, str):
                 yield from _networks(value, (*where, name))

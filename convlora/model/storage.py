@@ -182,12 +182,12 @@ def load(
     present = {p: m for p, m in adapted_modules(root).items() if config.name in slot_of(m).names()}
     if not present:
         check_injectable(model, config, "load")
-    loaded, fitting, modules, problems, remedy = _best_match(root, as_named, config.name if present else None, prefix)
+    loaded, fitting, modules, problems, note = _best_match(root, as_named, config.name if present else None, prefix)
     fitting_ids = {id(module) for module in (*fitting.values(), *modules.values())}
     left_out = {p: slot_of(m).entry(config.name) for p, m in present.items() if id(m) not in fitting_ids}
     bad = {text.split(" ")[0] for text in problems.mismatched}
     problems.missing += [p for p, entry in left_out.items() if p not in bad and not _is_optional(present[p], entry)]
-    complaint = f"{problems}{remedy}"
+    complaint = f"{problems}{note}"
     if problems and (strict or not fitting):
         raise ConvLoRAError(f"load: {complaint}{_swap_remedy(loaded, present, config.name)}")
     if problems:
@@ -196,7 +196,7 @@ def load(
         adapted = dict(zip(as_named.layers, (fitting[p] for p in loaded.layers), strict=True))
         if as_named.fingerprint != fingerprint(adapted):
             warnings.warn(
-                "load: the adapter was trained on another base of the same shapes, or on another precision of it",
+                f"load: the adapter was trained on another base of the same shapes, or on another precision of it{note}",
                 ConvLoRAWarning,
                 stacklevel=2,
             )
@@ -251,13 +251,13 @@ def _swap_remedy(loaded: Adapter, present: Mapping[str, nn.Module], name: str) -
 
 
 class _Match(NamedTuple):
-    """An adapter with the names of a model: path -> layer or module of what fits; what does not, and its remedy."""
+    """An adapter with the names of a model: path -> layer or module of what fits; what does not; a note on the names."""
 
     adapter: Adapter
     layers: dict[str, nn.Module]
     modules: dict[str, nn.Module]
     problems: Problems
-    remedy: str = ""
+    note: str = ""
 
 
 def _best_match(root: nn.Module, loaded: Adapter, swap: str | None, prefix: str) -> _Match:
@@ -275,19 +275,17 @@ def _best_match(root: nn.Module, loaded: Adapter, swap: str | None, prefix: str)
     matches = [match(loaded.rename(names)) for names in ways]
     fitting = [number for number, other in enumerate(matches) if not other.problems]
     if len(fitting) == 1:
-        return matches[fitting[0]]
+        return matches[fitting[0]]._replace(note=f"; its names fit {describe_prefix(ways[fitting[0]])}")
     if fitting:
         found = ", ".join(describe_prefix(ways[number]) for number in fitting)
         how = "rename it by Adapter.rename" if prefix else "say which by prefix="
         as_named.problems.unexpected = as_named.problems.unexpected or [*loaded.layers]
-        return as_named._replace(remedy=f"; its names fit in several ways, {found}: {how}")
-    if prefix and matches:
-        return matches[0]
-    if prefix:
-        as_named.problems.unexpected = as_named.problems.unexpected or [*loaded.layers]
-        return as_named._replace(remedy=f"; prefix {prefix!r} neither added nor taken away gives the model's names")
+        return as_named._replace(note=f"; its names fit in several ways, {found}: {how}")
+    if as_named.problems and prefix:
+        note = f"; prefix {prefix!r} neither added nor taken away gives the model's names"
+        return matches[0] if matches else as_named._replace(note=note)
     if as_named.problems.unexpected:
-        return as_named._replace(remedy=f"; {nearest_names(as_named.problems.unexpected[0].split(' ')[0], known)}")
+        return as_named._replace(note=f"; {nearest_names(as_named.problems.unexpected[0].split(' ')[0], known)}")
     return as_named
 
 
