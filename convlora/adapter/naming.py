@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeAlias, TypeVar
 
@@ -76,7 +76,7 @@ def _mapped(paths: list[str], names: Mapping[str, str]) -> dict[str, str]:
     return new
 
 
-def other_prefixes(adapter: AdapterParts, known: Collection[str], prefix: str = "") -> list[dict[str, str]]:
+def other_prefixes(adapter: AdapterParts, known: Iterable[str], prefix: str = "") -> list[dict[str, str]]:
     """The renamings by which all paths of an adapter are known, each a prefix that is added or taken away.
 
     Args:
@@ -93,7 +93,7 @@ def other_prefixes(adapter: AdapterParts, known: Collection[str], prefix: str = 
     """
     paths = list(dict.fromkeys([*adapter.layers, *adapter.modules]))
     first = paths[0].split(".") if paths[0] else []
-    wanted = prefix.removesuffix(".")
+    known, wanted = dict.fromkeys(known), prefix.removesuffix(".")
     if wanted:
         taken, added = [wanted], [wanted]
     else:

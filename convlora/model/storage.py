@@ -195,11 +195,8 @@ def load(
     elif as_named.fingerprint is not None:
         adapted = dict(zip(as_named.layers, (fitting[p] for p in loaded.layers), strict=True))
         if as_named.fingerprint != fingerprint(adapted):
-            warnings.warn(
-                f"load: the adapter was trained on another base of the same shapes, or on another precision of it{note}",
-                ConvLoRAWarning,
-                stacklevel=2,
-            )
+            other = "another base of the same shapes, or on another precision of it"
+            warnings.warn(f"load: the adapter was trained on {other}{note}", ConvLoRAWarning, stacklevel=2)
     if present:
         _swap(loaded, config.name, present, fitting, modules)
         return model
@@ -251,7 +248,7 @@ def _swap_remedy(loaded: Adapter, present: Mapping[str, nn.Module], name: str) -
 
 
 class _Match(NamedTuple):
-    """An adapter with the names of a model: path -> layer or module of what fits; what does not; a note on the names."""
+    """An adapter with the names of a model: path -> layer or module that fits; what does not; a note on names."""
 
     adapter: Adapter
     layers: dict[str, nn.Module]
