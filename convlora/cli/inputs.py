@@ -133,7 +133,8 @@ def _strength(value: str, command: str, option: str) -> Strength:
     try:
         by_pattern = parse_json(read_regular_file(value).decode())
     except (OSError, ValueError) as error:
-        raise ConvLoRAError(f"{command}: '{value}' cannot be read ({one_line(error)})") from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ConvLoRAError(f"{command}: '{value}' cannot be read ({reason})") from None
     if not isinstance(by_pattern, dict) or not all(is_number(each) for each in by_pattern.values()):
         raise ConvLoRAError(f'{command}: \'{value}\' must hold {{pattern: number}}, as {{"*": 1, "body.*": 0.4}}')
     return by_pattern

@@ -187,16 +187,8 @@ def _patched(raw: bytes, changed: Mapping[str, Tensor]) -> bytes:
 
 def _where_nested(content: Mapping[str, Any], path: Path) -> tuple[tuple[str, ...], str]:
     """The keys that lead to the state dict that is meant where nobody says which, and no prefix."""
-    where: tuple[str, ...] = ()
-    inner: Any = content
-    while not _is_state_dict(inner) and len(where) < _DEEPEST:
-        known = [name for name in NESTED if isinstance(inner.get(name), Mapping)]
-        only = [name for name in inner if len(inner) == 1 and isinstance(inner[name], Mapping)]
-        if not known and not only:
-            break
-        where = (*where, (known or only)[0])
-        inner = inner[where[-1]]
-    if _is_state_dict(inner):
+    where = _where_meant(content)
+    if _is_state_dict(_inside(content, where)):
         return where, ""
     networks = list(_networks(content))
     if len(networks) == 1:
@@ -217,23 +209,39 @@ def _where_named(content: Mapping[str, Any], network: str, path: Path) -> tuple[
         return found[0], ""
     if found:
         raise ConvLoRAError(f"read: '{path}' holds {_several(found)}; say which by network=")
-    where, _ = _where_nested(content, path)
-    names = _inside(content, where)
+    where = _where_meant(content)
+    names = [name for name, value in _inside(content, where).items() if isinstance(value, Tensor)]
     if any(name.startswith(f"{network}.") for name in names):
         return where, f"{network}."
-    heads = [(head,) for head in dict.fromkeys(name.partition(".")[0] for name in names)]
-    known: Sequence[Sequence[str]] = [keys for keys in networks.values() if keys] or heads
-    raise ConvLoRAError(f"read: '{path}' holds no network {network!r}; it has {_several(known)}")
+    known: Sequence[Sequence[str]] = [keys for keys in networks.values() if keys]
+    known = known or [(head,) for head in dict.fromkeys(name.partition(".")[0] for name in names)]
+    raise ConvLoRAError(f"read: '{path}' holds no network {network!r}; it has {_several(known) or 'none'}")
 
 
-def _networks(content: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _where_meant(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that lead to the first of `NESTED`, as far as they go."""
+    where: tuple[str, ...] = ()
+    inner: Any = content
+    while not _is_state_dict(inner) and len(where) < _DEEPEST:
+        known = [name for name in NESTED if isinstance(inner.get(name), Mapping)]
+        only = [name for name in inner if len(inner) == 1 and isinstance(inner[name], Mapping)]
+        if not known and not only:
+            break
+        where = (*where, (known or only)[0])
+        inner = inner[where[-1]]
+    return where
+
+
+def _networks(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """The keys that lead to each state dict, a part of another one, too."""
-    if _is_state_dict(content):
-        yield where
-    if isinstance(content, Mapping) and len(where) < _DEEPEST:
-        for name, value in content.items():
-            if isinstance(name, str):
-                yield from _networks(value, (*where, name))
+    ahead: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    seen = set()  # a file can hold a dict at many places, in itself, too
+    for where, inner in ahead:
+        if _is_state_dict(inner):
+            yield where
+        if isinstance(inner, Mapping) and id(inner) not in seen and len(where) < _DEEPEST:
+            seen.add(id(inner))
+            ahead += [((*where, name), value) for name, value in inner.items() if isinstance(name, str)]
 
 
 def _several(networks: Sequence[Sequence[str]]) -> str:

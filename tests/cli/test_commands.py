@@ -232,7 +232,7 @@ MERGE_ERRORS = {  # arguments -> how the error begins; % is .safetensors
     "span% rain% -o out.pth -s 1 -s 2": "merge: 2 times --strength for 1 adapters",
     "span% rain% -o out.pth -s nan": "merge: strength (=nan) must be a finite number",
     "half% rain% -o out.pth -s 1e17": "merge: non-finite: ",
-    "two.pth both% -o out.pth": "read: 'two.pth' has these layers several times: below one., two.",
+    "two.pth both% -o out.pth": "merge: the names of 'both%' fit 'two.pth' in several ways, with 'one.' before them, ",
     "RealESRGAN_x4plus.pth strange% -o out.pth": "merge: 'strange%' does not fit 'RealESRGAN_x4plus.pth': missing: "
     "conv_lst.weight; nearest: 'conv_last.weight'",
     "span% altered% -o out.pth": "read: 'altered%' was altered: its checksum does not match",
