@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
@@ -129,6 +131,13 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
     return _rebuild_by, (self._convlora_base, self._convlora_shape, rebuild, *args), *state
 
 
+class _Computing(threading.local):
+    layer: nn.Module | None = None  # whose own forward this thread is in
+
+
+_computing = _Computing()
+
+
 def _reset_parameters(self: Any) -> None:
     """Reset the base layer: its own method writes to `weight`, which is a temporary while an adapter acts."""
     slot = slot_of(self)
@@ -139,6 +148,9 @@ def _reset_parameters(self: Any) -> None:
         slot.active = active
 
 
+_UNDER_FSDP = "under FSDP the effective weight cannot be formed; shard by fully_shard (FSDP2)"
+
+
 class _MissingError(AttributeError):
     """The base has no such attribute (now), so `hasattr` is to say no."""
 
@@ -146,15 +158,16 @@ class _MissingError(AttributeError):
 def _property(kind: str) -> property:
     def read(self: Any) -> Any:
         try:
-            base = base_tensor(self, kind)
-            if (base is None and not slot_of(self).has_copies) or is_sharded(
-                base
-            ):  # sharded: whole only inside FSDP2's forward
+            slot, base = slot_of(self), base_tensor(self, kind)
+            if (base is None and not slot.has_copies) or is_sharded(base):  # sharded: whole only inside FSDP2's forward
                 return base
-            value = slot_of(self).effective(base, kind, self.training)
+            value = _pruned(self, kind, base, slot.effective(base, kind, self.training))
             if _on_read is not None:
                 _on_read(self, kind, value)
-            return value
+            if not (slot.active or slot.choices) or torch.compiler.is_compiling() or _computing.layer is self:
+                return value
+            slot._last_read[kind] = base
+            return value.clone() if slot._keeps(value) else value  # what others write into it does not act
         except _MissingError:
             raise
         except AttributeError as error:
@@ -162,8 +175,7 @@ def _property(kind: str) -> property:
             raise RuntimeError(f"{type(self).__name__}.{kind} cannot be formed: {error}") from error
         except RuntimeError as error:
             if is_managed(self):  # FSDP1, which sets the parameters of a module by other ways than its attributes
-                message = "under FSDP the effective weight cannot be formed; shard by fully_shard (FSDP2)"
-                raise ConvLoRAError(f"{type(self).__name__}.{kind}: {message}") from error
+                raise ConvLoRAError(f"{type(self).__name__}.{kind}: {_UNDER_FSDP}") from error
             raise
 
     def write(self: Any, value: Any) -> None:
@@ -220,7 +232,21 @@ def effective_names(module: Any) -> tuple[str, ...]:
 def effective_tensor(module: nn.Module, kind: str) -> Any:
     """A tensor with the adapters that act for the caller, as in eval mode, looked at without effects."""
     with without_side_effects(module):
-        return slot_of(module).effective(base_tensor(module, kind), kind)
+        base = base_tensor(module, kind)
+        return _pruned(module, kind, base, slot_of(module).effective(base, kind))
+
+
+def _pruned(module: nn.Module, kind: str, base: Any, value: Any) -> Any:
+    """The zeros of a mask of `torch.nn.utils.prune` stay zero."""
+    if value is base or kind in module._parameters or pruning_of(module, kind) is None:
+        return value
+    return value * module._buffers[f"{kind}_mask"]
+
+
+def pruning_of(module: nn.Module, kind: str) -> BasePruningMethod | None:
+    """How a tensor is pruned; None if it is not."""
+    hooks = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, BasePruningMethod))
+    return next((hook for hook in hooks if hook._tensor_name == kind), None)
 
 
 def slot_of(layer: Any) -> Slot:
@@ -241,6 +267,9 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
             "__new__": _new,
             "__reduce_ex__": _reduce_ex,
             "__setattr__": _setattr,
+            "__delattr__": _delattr,
+            "__prepare_scriptable__": _refuse_script,
+            "register_parameter": _register_parameter,
             "_load_from_state_dict": _load_from_state_dict,
             **{name: _property(name) for name in names},
             "_convlora_base": base,
@@ -273,6 +302,46 @@ def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str,
             copies.follow_base(own_tensors(self))
 
 
+def _register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
+    """Assignment ends here. What acts on a tensor would act on the new one again if that was made from what is read."""
+    for kind in effective_names(self):
+        if name == kind or name.startswith(f"{kind}_"):  # `weight_g` and the like come with a norm
+            _refuse_to_replace(self, kind, name, param)
+    self._convlora_base.register_parameter(self, name, param)
+
+
+def _delattr(self: Any, name: str) -> None:
+    if name in effective_names(self) and name in self._parameters:
+        _refuse_to_replace(self, name, name, None)
+    self._convlora_base.__delattr__(self, name)
+
+
+def _refuse_to_replace(self: Any, kind: str, name: str, value: Any) -> None:
+    slot = slot_of(self)
+    if not slot.acting():
+        return
+    if kind in self._parameters:
+        present = self._parameters[kind]
+        if is_sharded(present) or is_sharded(value):  # by FSDP2
+            return
+    elif name == kind or kind in self.__dict__:
+        return  # a norm is taken off, and leaves the base's value
+    elif (base := slot._last_read.get(kind)) is not None:
+        self._parameters[kind] = base  # a norm that is put on has deleted it
+    if is_managed(self):
+        raise ConvLoRAError(f"{class_name(self)}.{name}: {_UNDER_FSDP}")
+    raise ConvLoRAError(
+        f"{class_name(self)}.{name} cannot be set while adapters act on the layer, since they would count twice:"
+        " merge(model) and remove(model) first, or activate(model, []) to change the base"
+    )
+
+
+def _refuse_script(self: Any) -> Any:
+    raise ConvLoRAError(
+        "torch.jit.script takes plain layers: merge(model) and remove(model) first (torch.jit.trace takes adapted ones)"
+    )
+
+
 def _setattr(self: Any, name: str, value: Any) -> None:
     """A module that assigns a buffer, rather than writing into it, moves the copy, too."""
     if name in self._buffers and isinstance(value, Tensor) and (copies := slot_of(self).own_buffer(name)) is not None:
@@ -303,7 +372,13 @@ def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
             output = form(self, slot, input)
             if output is not None:
                 return output
-        return plain(self, input, *more)
+        if not (slot.active or slot.choices) or torch.compiler.is_compiling():
+            return plain(self, input, *more)
+        before, _computing.layer = _computing.layer, self
+        try:
+            return plain(self, input, *more)
+        finally:
+            _computing.layer = before
 
     return functools.wraps(plain)(forward)
 
