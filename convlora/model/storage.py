@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -192,22 +192,33 @@ def load(
         raise ConvLoRAError(f"load: {complaint}{_swap_remedy(loaded, present, config.name)}")
     if problems:
         warnings.warn(f"load: left out what does not fit: {complaint}", ConvLoRAWarning, stacklevel=2)
-    elif as_named.fingerprint is not None:
-        adapted = dict(zip(as_named.layers, (fitting[p] for p in loaded.layers), strict=True))
-        if as_named.fingerprint != fingerprint(adapted):
-            other = "another base of the same shapes, or on another precision of it"
-            warnings.warn(f"load: the adapter was trained on {other}{note}", ConvLoRAWarning, stacklevel=2)
+    else:
+        _warn_of_another_base(as_named, [fitting[p] for p in loaded.layers], note)
     if present:
         _swap(loaded, config.name, present, fitting, modules)
-        return model
-    config = loaded.config.replace(name=config.name)
+    else:
+        _place(root, loaded, config.name, fitting, modules)
+    return model
+
+
+def _warn_of_another_base(loaded: Adapter, layers: Sequence[nn.Module], note: str) -> None:
+    """`layers`: those of the model, in the order of the adapter's, whose names the fingerprint covers."""
+    if loaded.fingerprint not in (None, fingerprint(dict(zip(loaded.layers, layers, strict=True)))):
+        other = "another base of the same shapes, or on another precision of it"
+        warnings.warn(f"load: the adapter was trained on {other}{note}", ConvLoRAWarning, stacklevel=3)
+
+
+def _place(
+    root: nn.Module, loaded: Adapter, name: str, fitting: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
+) -> None:
+    """Put a new adapter on a model."""
+    config = loaded.config.replace(name=name)
     copies = [CopyPlacement(p, m, list(loaded.modules[p]), loaded.modules[p]) for p, m in modules.items()]
     for copy in copies:
         check_copyable(copy.path, copy.module, "load")
     taken = {id(m) for m in (*modules.values(), *fitting.values())}
     copies += plan_statistics(root, config, taken, "load")
     place_adapter(root, [_placement(p, layer, loaded.layers[p]) for p, layer in fitting.items()], copies, config)
-    return model
 
 
 def _swap(
