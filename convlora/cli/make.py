@@ -79,6 +79,7 @@ def merge(
     Examples:
       convlora merge span.safetensors rain.safetensors -o rainy.safetensors
       convlora merge span.safetensors rain.safetensors snow.safetensors -s 0.7 -s 0.3 -o both.safetensors
+      convlora merge span.safetensors rain.safetensors --strength night.json -o softer.safetensors
     """
     check_output(out, [base, *adapters], force, "merge", SUFFIXES)
     strengths = per_adapter(strength or [], adapters, "merge", "--strength")

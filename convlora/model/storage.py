@@ -203,7 +203,8 @@ def load(
 
 def _warn_of_another_base(loaded: Adapter, layers: Sequence[nn.Module], note: str) -> None:
     """`layers`: those of the model, in the order of the adapter's, whose names the fingerprint covers."""
-    if loaded.fingerprint not in (None, fingerprint(dict(zip(loaded.layers, layers, strict=True)))):
+    adapted = dict(zip(loaded.layers, layers, strict=True))
+    if loaded.fingerprint is not None and loaded.fingerprint != fingerprint(adapted):
         other = "another base of the same shapes, or on another precision of it"
         warnings.warn(f"load: the adapter was trained on {other}{note}", ConvLoRAWarning, stacklevel=3)
 
@@ -272,26 +273,29 @@ def _best_match(root: nn.Module, loaded: Adapter, swap: str | None, prefix: str)
     """By its own names, or by those that exactly one prefix, or the given one, makes fit. `swap`: see `_match`."""
     known = {p: m for p, m in root.named_modules(remove_duplicate=False) if not is_part_of_adapter(p)}
 
-    def match(adapter: Adapter) -> _Match:
+    def match(adapter: Adapter, swap: str | None = None) -> _Match:
         layers, problems = _match(known, adapter, swap)
         return _Match(adapter, layers, _match_modules(known, adapter, swap, problems), problems)
 
-    as_named = match(loaded)
-    if not prefix and not as_named.problems:
-        return as_named
+    as_named = match(loaded, swap)
+    if not prefix and not (as_named.problems and match(loaded).problems):
+        return as_named  # the names are right, whether or not they can be swapped
     ways = other_prefixes(loaded, known, prefix)
-    matches = [match(loaded.rename(names)) for names in ways]
-    fitting = [number for number, other in enumerate(matches) if not other.problems]
+    renamed = [match(loaded.rename(names)) for names in ways]
+    fitting = [(names, other.adapter) for names, other in zip(ways, renamed, strict=True) if not other.problems]
+    if len(fitting) > 1 and swap is not None:
+        fitting = [(names, other) for names, other in fitting if not match(other, swap).problems] or fitting
     if len(fitting) == 1:
-        return matches[fitting[0]]._replace(note=f"; its names fit {describe_prefix(ways[fitting[0]])}")
+        names, other = fitting[0]
+        return match(other, swap)._replace(note=f"; its names fit {describe_prefix(names)}")
     if fitting:
-        found = ", ".join(describe_prefix(ways[number]) for number in fitting)
+        found = ", ".join(describe_prefix(names) for names, _ in fitting)
         how = "rename it by Adapter.rename" if prefix else "say which by prefix="
         as_named.problems.unexpected = as_named.problems.unexpected or [*loaded.layers]
         return as_named._replace(note=f"; its names fit in several ways, {found}: {how}")
     if as_named.problems and prefix:
         note = f"; prefix {prefix!r} neither added nor taken away gives the model's names"
-        return matches[0] if matches else as_named._replace(note=note)
+        return renamed[0] if renamed else as_named._replace(note=note)
     if as_named.problems.unexpected:
         return as_named._replace(note=f"; {nearest_names(as_named.problems.unexpected[0].split(' ')[0], known)}")
     return as_named

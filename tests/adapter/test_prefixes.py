@@ -148,6 +148,34 @@ def test_names_that_fit_as_they_are_stay(tmp_path: Path) -> None:
     assert list(convlora.adapter(fresh, "inside").layers) == ["net.conv"]
 
 
+def test_the_adapter_that_is_to_be_swapped_tells_which_prefix(tmp_path: Path) -> None:
+    of = file_of(base(), tmp_path / "a.safetensors")
+    model = nn.ModuleDict({"student": base(), "teacher": base()})
+    convlora.inject(model, "student.*", rank=2, bias=True)
+    convlora.load(model, tmp_path / "a.safetensors")
+    x = torch.randn(NET_INPUT)
+    assert torch.equal(output(model["student"], x), output(of, x))
+
+
+def test_a_swap_that_cannot_be_is_told_by_the_names_of_the_model(tmp_path: Path) -> None:
+    file_of(Around(base()), tmp_path / "a.safetensors", rank=3)
+    model = convlora.inject(base(), "*", rank=1, bias=True)
+    higher = (
+        r"mismatched: 0 \(the file has rank 3, the adapter on the model rank 1\), 3 .*; its names fit without 'net\.'"
+    )
+    with pytest.raises(convlora.ConvLoRAError, match=higher):
+        convlora.load(model, tmp_path / "a.safetensors")
+
+
+def test_names_of_a_network_in_a_sequence_fit_below_its_number() -> None:
+    model = nn.Sequential(
+        nn.Identity(), base(), nn.Flatten(), nn.Linear(1, 1), nn.Identity(), nn.Identity(), nn.Identity()
+    )
+    of = randomise(convlora.inject(base(), "*", rank=1))  # "0" … "6" are names of the model, too, of other modules
+    convlora.load(model, convlora.adapter(of))
+    assert list(convlora.adapter(model).layers) == [f"1.{path}" for path in NET_LAYERS]
+
+
 def test_a_layer_alone_is_found_in_a_network_and_back(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layer, model = nn.Conv2d(3, 8, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(3, 8, 3))

@@ -589,6 +589,7 @@ def test_every_command_has_help_with_an_example_that_runs(command: str, folder: 
     for name, source in extra.items():
         shutil.copy(source, name)
     shutil.copy("snow.safetensors", "rain.safetensors")  # LoCon files hold no bias
+    Path("night.json").write_text('{"*": 1.0, "model.10": 0.4}')
     for args in lines:
         assert args[0] == command
         out(*args, *(["--force"] if "-o" in args else []))
