@@ -42,27 +42,33 @@ def read_adapter(
     """
     format = formats.detect(path)
     known = layers_of(base.state) if base is not None and format in ("locon", "loralib") else None
-    *others, last = _by_names_of_the_adapter(known, prefix)
-    for layers in others:
-        with contextlib.suppress(ConvLoRAError):
+    refused: list[ConvLoRAError] = []
+    for layers in [None] if known is None else _by_names_of_the_adapter(known, prefix):
+        try:
             return formats.read(path, format, layers=layers, rank=rank, alpha=alpha, name=name)
-    try:
-        return formats.read(path, format, layers=last, rank=rank, alpha=alpha, name=name)
-    except ConvLoRAError as error:
-        if format == "loralib" and rank is None and alpha is None:
-            raise ConvLoRAError(f"{error}; `convlora convert` takes --alpha, --rank and --base") from None
-        raise
+        except ConvLoRAError as error:
+            refused.append(error)
+    if format == "loralib" and rank is None and alpha is None:
+        raise ConvLoRAError(f"{refused[0]}; `convlora convert` takes --alpha, --rank and --base") from None
+    raise refused[0]
 
 
-def _by_names_of_the_adapter(
-    layers: Mapping[str, WeightSpec] | None, prefix: str
-) -> list[Mapping[str, WeightSpec] | None]:
-    """The layers of a base by the names that an adapter may have for them: as they are, or other by a prefix."""
-    if layers is None or not prefix:
-        return [layers]
-    start = f"{prefix.removesuffix('.')}."
-    below = {path.removeprefix(start): spec for path, spec in layers.items() if path.startswith(start)}
-    return [below, {f"{start}{path}": spec for path, spec in layers.items()}]
+def _by_names_of_the_adapter(layers: Mapping[str, WeightSpec], prefix: str) -> list[dict[str, WeightSpec]]:
+    """The layers of a base by the names that an adapter may have for them.
+
+    Below the prefix and with it before them; without a prefix as they are, and below what all of them begin with.
+    """
+    if prefix:
+        start = f"{prefix.removesuffix('.')}."
+        return [_below(layers, start), {f"{start}{path}": spec for path, spec in layers.items()}]
+    parts = next(iter(layers), "").split(".")
+    starts = ["".join(f"{part}." for part in parts[:count]) for count in range(1, len(parts))]
+    common = [start for start in starts if all(path.startswith(start) for path in layers)]
+    return [dict(layers), *(_below(layers, start) for start in common)]
+
+
+def _below(layers: Mapping[str, WeightSpec], start: str) -> dict[str, WeightSpec]:
+    return {path.removeprefix(start): spec for path, spec in layers.items() if path.startswith(start)}
 
 
 def read_base(path: Path | None, network: str | None = None) -> Checkpoint | None:
