@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
+from convlora.layer.again import computing, derived, forms_again, without_keeping
 from convlora.layer.context import Choice, choosing
 from convlora.layer.copies import TensorCopies, own_tensors
 from convlora.layer.forms import training_form_of
@@ -131,13 +131,6 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
     return _rebuild_by, (self._convlora_base, self._convlora_shape, rebuild, *args), *state
 
 
-class _Computing(threading.local):
-    layer: nn.Module | None = None  # whose own forward this thread is in
-
-
-_computing = _Computing()
-
-
 def _reset_parameters(self: Any) -> None:
     """Reset the base layer: its own method writes to `weight`, which is a temporary while an adapter acts."""
     slot = slot_of(self)
@@ -164,8 +157,10 @@ def _property(kind: str) -> property:
             value = _pruned(self, kind, base, slot.effective(base, kind, self.training))
             if _on_read is not None:
                 _on_read(self, kind, value)
-            if not (slot.active or slot.choices) or torch.compiler.is_compiling() or _computing.layer is self:
+            if not (slot.active or slot.choices) or torch.compiler.is_compiling():
                 return value
+            if computing.slot is slot:  # the layer itself
+                return value if computing.formed is None else _as_computed(self, value)
             slot._last_read[kind] = base
             return value.clone() if slot._keeps(value) else value  # what others write into it does not act
         except _MissingError:
@@ -240,7 +235,8 @@ def _pruned(module: nn.Module, kind: str, base: Any, value: Any) -> Any:
     """The zeros of a mask of `torch.nn.utils.prune` stay zero."""
     if value is base or kind in module._parameters or pruning_of(module, kind) is None:
         return value
-    return value * module._buffers[f"{kind}_mask"]
+    mask: Any = module._buffers[f"{kind}_mask"]
+    return derived(value, lambda dense: dense * mask)
 
 
 def pruning_of(module: nn.Module, kind: str) -> BasePruningMethod | None:
@@ -283,6 +279,8 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
             body["training"] = property(_reads_training, _writes_training)
         if base.forward in _STOCK:
             body["forward"] = _forward(base)
+        elif issubclass(base, _BASES):
+            body["forward"] = _own_forward(base)
         made = type(base)(  # type: ignore[misc]
             f"Adapted{base.__name__}", (base, Adapted), body
         )  # base first: it decides the memory layout
@@ -368,19 +366,44 @@ def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
         if slot.choices and not torch.compiler.is_compiling() and (rows := slot.sample_rows()) is not None:
             least_dims = 2 if isinstance(self, nn.Linear) else len(self.kernel_size) + 2
             return slot.by_rows(rows, lambda part: plain(self, part, *more), input, least_dims)
-        if form is not None and torch.is_grad_enabled() and _on_read is None and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not (slot.active or slot.choices):
+            return plain(self, input, *more)
+        if form is not None and torch.is_grad_enabled() and _on_read is None:
             output = form(self, slot, input)
             if output is not None:
                 return output
-        if not (slot.active or slot.choices) or torch.compiler.is_compiling():
-            return plain(self, input, *more)
-        before, _computing.layer = _computing.layer, self
+        if forms_again() and not slot.merged:
+            return without_keeping(slot, lambda: plain(self, input, *more))
+        before, computing.slot = computing.slot, slot
         try:
             return plain(self, input, *more)
         finally:
-            _computing.layer = before
+            computing.slot = before
 
     return functools.wraps(plain)(forward)
+
+
+def _own_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class of the user's: autograd keeps no weight that was formed for it."""
+    plain = base.forward
+
+    def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        slot = slot_of(self)
+        if torch.compiler.is_compiling() or slot.merged or not (slot.active or slot.choices) or not forms_again():
+            return plain(self, *arguments, **keywords)
+        return without_keeping(slot, lambda: plain(self, *arguments, **keywords))
+
+    return functools.wraps(plain)(forward)
+
+
+def _as_computed(layer: Any, value: Tensor) -> Tensor:
+    """As autocast is going to cast it, so that it is known which tensor autograd is given to keep."""
+    device = value.device.type
+    if device == "meta" or value.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return value
+    if layer._convlora_base.forward not in _STOCK:
+        return value
+    return derived(value, lambda wide: wide.to(torch.get_autocast_dtype(device)))
 
 
 def _new(kind: Any, *args: Any, **keywords: Any) -> nn.Module:

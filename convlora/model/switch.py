@@ -13,9 +13,8 @@ from convlora.config import Strength, check_strength, strengths_by_layer
 from convlora.errors import ConvLoRAError
 from convlora.factors.fuse import is_finite
 from convlora.layer.adapted import effective_names, effective_tensor, slot_of
-from convlora.layer.context import COMPILED, Choice, choosing, choosing_each
+from convlora.layer.context import COMPILED, Choice, SampleRows, choosing, choosing_each
 from convlora.layer.copies import own_tensors
-from convlora.layer.rows import SampleRows
 from convlora.layer.slot import Slot
 from convlora.model.traversal import (
     adapted_modules,
