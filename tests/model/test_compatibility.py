@@ -89,7 +89,7 @@ def test_hot_swap_and_strengths_recompile_nothing() -> None:
     compiled(x())
     convlora.activate(model, {"default": 0.3})
     assert torch.equal(compiled(x()), model(x()))
-    assert len(graphs) == (1 if TORCH > (2, 7) else 2)
+    assert len(graphs) == 1
 
 
 @pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
