@@ -45,18 +45,38 @@ def is_literal(pattern: str) -> bool:
 
 
 def values_by_layer(
-    values: Mapping[str, V] | None, default: V, names: Iterable[str], operation: str, field: str
+    values: Mapping[str, V] | None,
+    default: V,
+    names: Iterable[str],
+    operation: str,
+    field: str,
+    unselected: Iterable[str] = (),
 ) -> dict[str, V]:
-    """Layer name -> value by `{pattern: value}`, the last matching pattern wins."""
-    names = list(names)
+    """Layer name -> value by `{pattern: value}`, the last matching pattern wins.
+
+    Raises:
+        ConvLoRAError: a pattern matches no name; of the value 0 (a rank) also none of the unselected ones.
+    """
+    names, others = list(names), list(unselected)
     result = dict.fromkeys(names, default)
     for pattern, value in (values or {}).items():
         hits = [name for name in names if checked_match(pattern, name, operation)]
-        if not hits:
-            close = nearest_names(pattern, names)
+        if not hits and (value or not any(checked_match(pattern, name, operation) for name in others)):
+            close = nearest_names(pattern, names if value else [*names, *others])
             raise ConvLoRAError(f"{operation}: {field} pattern '{pattern}' matches none of the layers; {close}")
         result.update(dict.fromkeys(hits, value))
     return result
+
+
+def value_of_layer(values: Mapping[str, V] | None, default: V, name: str, operation: str) -> V:
+    """The value of one layer by `{pattern: value}`, of which others may match none.
+
+    Example:
+        >>> value_of_layer({"body.*": 8, "body.0": 2}, 4, "body.0", "doc"), value_of_layer(None, 4, "head", "doc")
+        (2, 4)
+    """
+    hits = [value for pattern, value in (values or {}).items() if checked_match(pattern, name, operation)]
+    return hits[-1] if hits else default
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
