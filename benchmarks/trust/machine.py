@@ -543,7 +543,7 @@ class Lifecycle(RuleBasedStateMachine):
             with self.refused():
                 convlora.load(self.model, file.path, name=name)
             return
-        with expected_warning("another base" if self.base_of(file.parts) != file.base else None):
+        with expected_warning(" base " if self.base_of(file.parts) != file.base else None):
             convlora.load(self.model, file.path, name=name)
         old = present or {}
         parts: Held = {}

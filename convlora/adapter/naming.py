@@ -50,7 +50,7 @@ def _new_names(paths: Iterable[str], names: Names) -> dict[str, str]:
         new = {path: names(path) for path in paths}
     else:
         raise ConvLoRAError(f"{OPERATION}: expected {{path: path}} or a function of a path, got {names!r}")
-    wrong = {path: now for path, now in new.items() if not isinstance(now, str) or "" in now.split(".")[1:]}
+    wrong = {path: now for path, now in new.items() if not isinstance(now, str) or (now and "" in now.split("."))}
     if wrong:
         path, now = next(iter(wrong.items()))
         raise ConvLoRAError(f"{OPERATION}: the new name of {path!r} (={now!r}) must be a dotted path")
@@ -63,6 +63,9 @@ def _new_names(paths: Iterable[str], names: Names) -> dict[str, str]:
 
 def _mapped(paths: list[str], names: Mapping[str, str]) -> dict[str, str]:
     """Names by a mapping of paths; the longest one that a path begins with says what takes its place."""
+    if not all(isinstance(text, str) for pair in names.items() for text in pair):
+        raise ConvLoRAError(f"{OPERATION}: expected {{path: path}}, both strings, got {names!r}")
+    names = {old.removesuffix("."): new.removesuffix(".") for old, new in names.items()}  # written as a prefix
     new, used = {}, set()
     for path in paths:
         parts = path.split(".") if path else []
@@ -71,7 +74,7 @@ def _mapped(paths: list[str], names: Mapping[str, str]) -> dict[str, str]:
         rest = path if not head else path[len(head) + 1 :]
         new[path] = path if head is None else ".".join(part for part in (names[head], rest) if part)
         used.add(head)
-    if unused := [str(head) for head in names if head not in used]:
+    if unused := [head for head in names if head not in used]:
         raise ConvLoRAError(f"{OPERATION}: the adapter has nothing at {unused[0]!r}; {nearest_names(unused[0], paths)}")
     return new
 

@@ -38,6 +38,7 @@ class LowRank(AdapterTensors):
     ) -> None:
         super().__init__()
         self.config, self.spec, self.rank, self.alpha = config, spec, rank, alpha
+        self._factors = config.factors  # apart: a graph of PyTorch 2.7 stands on every field of a config that it reads
         self.strength = 1.0
         self._has_bias = bias  # a plain attribute: asked at every read of a bias
         given = factors or {}
@@ -61,7 +62,7 @@ class LowRank(AdapterTensors):
 
     @property
     def factorization(self) -> Factorization:
-        return get_factors(self.config.factors)
+        return get_factors(self._factors)
 
     def updates(self, kind: str) -> bool:
         """Whether it has an update of the weight, or of the bias."""

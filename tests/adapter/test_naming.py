@@ -17,6 +17,7 @@ from convlora.adapter.naming import other_prefixes
 
 GIVEN: dict[str, tuple[Any, list[str]]] = {
     "a start for all": ({"": "net"}, ["net.0", "net.3", "net.4", "net.6"]),
+    "written as a prefix": ({"": "net.", "6.": "head."}, ["net.0", "net.3", "net.4", "head"]),
     "one layer": ({"3": "body.conv"}, ["0", "body.conv", "4", "6"]),
     "two change places": ({"0": "3", "3": "0"}, ["3", "0", "4", "6"]),
     "the longest wins": ({"": "net", "6": "head"}, ["net.0", "net.3", "net.4", "head"]),
@@ -81,6 +82,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "unknown below": ({"0.conv": "x"}, "the adapter has nothing at '0.conv'"),
     "no path": (lambda path: None, r"the new name of '0' \(=None\) must be a dotted path"),
     "an empty part": ({"0": "net..0"}, r"the new name of '0' \(='net\.\.0'\) must be a dotted path"),
+    "a leading dot": (lambda path: f".{path}", r"the new name of '0' \(='\.0'\) must be a dotted path"),
+    "no string": ({"0": 1}, r"expected \{path: path\}, both strings, got \{'0': 1\}"),
     "neither": ("net.", r"expected \{path: path\} or a function of a path, got 'net\.'"),
 }
 
