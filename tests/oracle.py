@@ -178,9 +178,7 @@ def _locon(tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Element:
 def _convlora(tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Element:
     """Row-major elements of the matrix product are row-major elements of the weight."""
     a, b = tensors["lora_A"], tensors["lora_B"]
-    return lambda at, *_: sum(
-        b[at // a.shape[1], r].item() * a[r, at % a.shape[1]].item() for r in range(a.shape[0])
-    )
+    return lambda at, *_: sum(b[at // a.shape[1], r].item() * a[r, at % a.shape[1]].item() for r in range(a.shape[0]))
 
 
 def _loha(tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Element:

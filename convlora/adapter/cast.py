@@ -68,7 +68,7 @@ def _losses_by_underflow(before: AdapterParts, after: AdapterParts) -> dict[str,
 
     All others have changed by rounding alone. Of factors whose ΔW depends on the base weight, each tensor is compared.
     """
-    losses = {}
+    losses: dict[str, tuple[float, float]] = {}
     sees_weight = needs_weight(get_factors(before.config.factors))
     for path, layer in before.layers.items():
         narrow = after.layers[path]

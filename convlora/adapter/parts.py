@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from convlora.config import AdapterConfig, is_number
+from convlora.config import AdapterConfig, Strength, is_number, strengths_by_layer
 from convlora.errors import ConvLoRAError, Problems
-from convlora.factors.base import WeightSpec, gains_of, get_factors, needs_weight, scaled_update
+from convlora.factors.base import WeightSpec, gains_of, get_factors, needs_weight, update_of
 from convlora.factors.fuse import is_finite
 
 BIAS_DELTA = "lora_bias"
@@ -76,6 +76,11 @@ class AdapterParts:
         problems.raise_if_any("Adapter")
 
 
+def strengths_of(adapter: AdapterParts, strength: Strength, operation: str, what: str = "strength") -> dict[str, float]:
+    """Path -> strength, of all layers and copied modules; see `strengths_by_layer`."""
+    return strengths_by_layer(strength, dict.fromkeys([*adapter.layers, *adapter.modules]), operation, what)
+
+
 def layer_delta(
     config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False, base: Tensor | None = None
 ) -> Tensor:
@@ -83,12 +88,20 @@ def layer_delta(
 
     `base`: the base weight, for factors that depend on it.
     """
+    delta, gain = delta_and_gain(config, layer, strength, exact, base)
+    return delta * gain
+
+
+def delta_and_gain(
+    config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False, base: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """What `layer_delta` multiplies."""
     factors = {name: t.double() if exact else at_least_float32(t) for name, t in layer.tensors.items()}
-    if base is not None and exact:
-        base = base.double()
     factorization = get_factors(config.factors)
-    gains = gains_of(factorization, config.scale(layer.rank, layer.alpha), strength)
-    return scaled_update(factorization, factors, layer.spec, gains, base)
+    scale = config.scale(layer.rank, layer.alpha)
+    outside, inside = gains_of(scale, strength, needs_weight(factorization))
+    weight = base.detach().double() if base is not None and exact else base
+    return update_of(factorization, factors, layer.spec, inside, weight), outside
 
 
 def refuse_weight(factors: str, operation: str) -> None:
@@ -107,6 +120,16 @@ def refuse_weight(factors: str, operation: str) -> None:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """float32, or float64 as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+
+
+def is_statistic(name: str) -> bool:
+    """Whether PyTorch names running statistics, or their counter, like this.
+
+    Example:
+        >>> is_statistic("running_mean"), is_statistic("weight")
+        (True, False)
+    """
+    return name.startswith(("running_", "num_batches_tracked"))
 
 
 def tensor_key(path: str, name: str) -> str:

@@ -71,7 +71,9 @@ class WeightSpec:
         if not self.transposed:
             return stored
         # "(g i) o ... -> (g o) i ...": a view where there are no groups
-        return stored.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        first, second = self.in_channels // self.groups, self.out_channels // self.groups
+        grouped = stored.reshape(self.groups, first, second, *self.kernel)
+        return grouped.transpose(1, 2).reshape(self.out_channels, first, *self.kernel)
 
 
 @runtime_checkable
@@ -122,13 +124,23 @@ class SeesWeight(Protocol):
     `weight` is `(out, in/groups, *kernel)`, in the dtype of the layer. A strength multiplies what `delta` gives.
     """
 
+    inits: tuple[str, ...]
     needs_weight: bool
+
+    def shapes(self, spec: WeightSpec, rank: int) -> dict[str, Shape]:
+        """As in `Factorization`."""
 
     def init_(self, factors: Mapping[str, Tensor], method: str, weight: Tensor) -> None:
         """Fill the factors in place so that the change of `weight` is 0. `method` is one of `inits`."""
 
     def delta(self, factors: Mapping[str, Tensor], spec: WeightSpec, weight: Tensor, scale: float | Tensor) -> Tensor:
         """The whole change of `weight`, with the scale inside, with its elements in their order."""
+
+    def drop(self, factors: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+        """As in `Factorization`."""
+
+
+AnyFactorization = Factorization | SeesWeight
 
 
 def needs_weight(factorization: Factorization) -> bool:
@@ -146,47 +158,44 @@ def start_factors(
     return cast("SeesWeight", factorization).init_(factors, method, spec.to_convolution(weight))
 
 
-Gains = tuple["float | Tensor", "float | Tensor"]  # what multiplies an update, and what does inside of its formula
-
-
-def gains_of(factorization: Factorization, scale: float, strength: float) -> tuple[float, float]:
-    """Where scale and strength go: the scale inside of an update that depends on the base weight.
+def gains_of(scale: float, strength: float, sees_weight: bool) -> tuple[float, float]:
+    """What multiplies an update, and what does inside of it: the scale of one that depends on the base weight.
 
     Example:
-        >>> gains_of(get_factors("locon"), 2.0, 0.5), gains_of(get_factors("dora"), 2.0, 0.5)
+        >>> gains_of(2.0, 0.5, sees_weight=False), gains_of(2.0, 0.5, sees_weight=True)
         ((1.0, 1.0), (0.5, 2.0))
     """
-    return (strength, scale) if needs_weight(factorization) else (strength * scale, 1.0)
+    return (strength, scale) if sees_weight else (strength * scale, 1.0)
 
 
-def scaled_update(
+def update_of(
     factorization: Factorization,
     factors: Mapping[str, Tensor],
     spec: WeightSpec,
-    gains: Gains,
+    inside: float | Tensor = 1.0,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """ΔW at its scale and strength, or the change of `weight` that it makes; in the order of the layer's weight."""
-    outside, inside = gains
+    """ΔW, or the whole change of `weight` with the scale `inside`; in the order of the layer's weight."""
     if not needs_weight(factorization):
-        return spec.from_convolution(factorization.delta(factors, spec)) * outside
+        return spec.from_convolution(factorization.delta(factors, spec))
     assert weight is not None
     change = cast("SeesWeight", factorization).delta(factors, spec, spec.to_convolution(weight), inside)
-    return spec.from_convolution(change) * outside
+    return spec.from_convolution(change)
 
 
 _REGISTRY: dict[str, Factorization] = {}  # the shipped ones are registered by the package
+_GROWING: dict[str, frozenset[str]] = {}  # of each, the factors that start at zero beside others that do not
 
 # A factor's tensor becomes a parameter of the module that holds the factors: these names it has already.
 _RESERVED = frozenset(dir(nn.Module())) | {
     "alpha", "config", "configure", "copy_", "drops", "factorization", "factors", "follow", "in_float64", "is_at_start",
-    "lora_bias", "needs_weight", "rank", "reset_parameters", "scale", "set_strength", "spec", "strength",
+    "lora_bias", "lora_scale", "needs_weight", "rank", "reset_parameters", "scale", "set_strength", "spec", "strength",
     "tensor_names", "updates", "was_loaded",
 }  # fmt: skip
 
 
-def register_factors(name: str, factorization: Factorization | type[Factorization]) -> None:
-    """Make a factorization available as `factors=name`. See `Factorization` for what it needs.
+def register_factors(name: str, factorization: AnyFactorization | type[AnyFactorization]) -> None:
+    """Make a factorization available as `factors=name`. See `Factorization`, or `SeesWeight`, for what it needs.
 
     Raises:
         ConvLoRAError: the name is taken, or a trial on a small weight fails; nothing is registered then.
@@ -205,27 +214,45 @@ def register_factors(name: str, factorization: Factorization | type[Factorizatio
         candidate = factorization() if isinstance(factorization, type) else factorization
         if not isinstance(candidate, Factorization):
             raise ConvLoRAError(f"register_factors: {name!r} needs inits, shapes, init_, delta and drop")
-        _try_out(name, candidate)
+        growing = _try_out(name, candidate)
     except ConvLoRAError:
         raise
     except Exception as error:
         raise ConvLoRAError(f"register_factors: {name!r} fails on a small weight ({error!r})") from error
-    _REGISTRY[name] = candidate
+    _REGISTRY[name], _GROWING[name] = candidate, growing
 
 
-def _try_out(name: str, candidate: Factorization) -> None:
-    spec = WeightSpec((4, 2, 3, 3), groups=2)
-    shapes = candidate.shapes(spec, 2)
+def _try_out(name: str, candidate: Factorization) -> frozenset[str]:
+    """Check a factorization on a small weight; gives the factors that start at zero beside others that do not."""
+    trials = (WeightSpec((4, 2, 3, 3), groups=2), 2), (WeightSpec((16, 16)), 1)
+    shapes = [tensor for trial in trials for tensor in candidate.shapes(*trial)]
     if not shapes or any("." in tensor or tensor.startswith("_") or tensor in _RESERVED for tensor in shapes):
-        raise ConvLoRAError(f"register_factors: {name!r} has unusable tensor names {sorted(shapes)}")
+        raise ConvLoRAError(f"register_factors: {name!r} has unusable tensor names {sorted({*shapes})}")
     if "default" not in candidate.inits:
         raise ConvLoRAError(f"register_factors: {name!r} needs an init named 'default', it has {candidate.inits!r}")
-    factors = {tensor: torch.full(shape, torch.nan) for tensor, shape in shapes.items()}
-    weight = torch.linspace(-1, 1, math.prod(spec.shape)).view(spec.shape)
-    start_factors(candidate, factors, "default", spec, weight)
-    delta = scaled_update(candidate, candidate.drop(factors, torch.ones(2)), spec, (1.0, 1.0), weight)
-    if delta.numel() != math.prod(spec.shape) or bool(delta.ne(0).any()):
-        raise ConvLoRAError(f"register_factors: {name!r} does not start at ΔW = 0 of {math.prod(spec.shape)} elements")
+    growing: set[str] = set()
+    for spec, rank in trials:
+        factors = {tensor: torch.full(shape, torch.nan) for tensor, shape in candidate.shapes(spec, rank).items()}
+        weight = torch.linspace(-1, 1, math.prod(spec.shape)).view(spec.shape)
+        start_factors(candidate, factors, "default", spec, weight)
+        zero = {tensor for tensor, values in factors.items() if not values.any()}
+        delta = update_of(candidate, candidate.drop(factors, torch.ones(rank)), spec, 1.0, weight)
+        if delta.numel() != math.prod(spec.shape) or bool(delta.ne(0).any()):
+            size = math.prod(spec.shape)
+            raise ConvLoRAError(f"register_factors: {name!r} does not start at ΔW = 0 of {size} elements")
+        growing |= zero if len(zero) < len(factors) else set()
+    return frozenset(growing)
+
+
+def growing_factors(name: str) -> frozenset[str]:
+    """The factors of a factorization that start at zero beside others that do not: B, in ΔW = B A.
+
+    Example:
+        >>> growing_factors("locon")
+        frozenset({'lora_B'})
+    """
+    get_factors(name)
+    return _GROWING[name]
 
 
 def known_factors() -> list[str]:

@@ -22,7 +22,7 @@ class DenseFactors:
         {'diff': (48, 16, 3, 3)}
     """
 
-    inits = ("default",)
+    inits: tuple[str, ...] = ("default",)
     free_rank = True
 
     def shapes(self, spec: WeightSpec, rank: int) -> dict[str, Shape]:

@@ -22,7 +22,7 @@ class DoRAFactors:
 
     `W' = m · V / ‖V‖` with `V = W + scale · B∘A`: A and B are those of LoCon, `lora_magnitude` m is `(out,)`, and the
     norm is that of each output channel, over `(in/groups, *kernel)`, as in PEFT. m starts as `‖W‖`. The norm counts as
-    constant in backward (section 4.3 of the paper), as in PEFT. A channel of zeros stays one at the start and can train.
+    constant in backward (section 4.3 of the paper), as in PEFT. A channel of zeros starts as one and can be trained.
     A strength s acts on the whole change: `W + s · (W' - W)`.
 
     Args:
@@ -34,7 +34,7 @@ class DoRAFactors:
         {'lora_A': (4, 16, 3, 3), 'lora_B': (48, 4, 1, 1), 'lora_magnitude': (48,)}
     """
 
-    inits = LoConFactors.inits
+    inits: tuple[str, ...] = LoConFactors.inits
     needs_weight = True
 
     def __init__(self, per_input: bool = False) -> None:
@@ -60,13 +60,17 @@ class DoRAFactors:
         update = _LOCON.delta({"lora_A": sides[1], "lora_B": sides[0]}, spec).view(weight.shape)
         return (self._along(ratio, weight) - 1) * weight + scale * update
 
+    def pad(self, factors: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {**factors, **_LOCON.join([factors, more])}
+
     def drop(self, factors: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
         return _LOCON.drop(factors, keep)
 
     def _norms(self, weight: Tensor) -> Tensor:
         others = [dim for dim in range(weight.dim()) if dim != self._side]
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return torch.linalg.vector_norm(weight, dim=others, dtype=wide)
+        norms: Tensor = torch.linalg.vector_norm(weight, dim=others, dtype=wide)
+        return norms
 
     def _along(self, values: Tensor, weight: Tensor) -> Tensor:
         """Values of channels, for each element of a weight."""

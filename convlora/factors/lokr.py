@@ -14,8 +14,8 @@ from convlora.factors.base import Shape, WeightSpec
 class LoKrFactors:
     """The factorization of LyCORIS's and PEFT's LoKr (Yeh et al. 2023, arXiv 2309.14859).
 
-    `ΔW = w1 ⊗ w2`, the Kronecker product of w1 `(a, c)` and w2 `(b, d, *kernel)`: `out = a·b` and `in/groups = c·d`, each
-    split as near to its root as it divides, the smaller number to w1. w2 is the product of w2_a `(b, r)` and w2_b
+    `ΔW = w1 ⊗ w2`, the Kronecker product of w1 `(a, c)` and w2 `(b, d, *kernel)`: `out = a·b` and `in/groups = c·d`,
+    each split as near to its root as it divides, the smaller number to w1. w2 is the product of w2_a `(b, r)` and w2_b
     `(r, d·k)`, k the kernel's size; from `r = max(b, d) / 2` on it is whole, `lokr_w2`, and r says nothing more. It
     starts as in LyCORIS: w1 and w2_a Kaiming-uniform, w2_b (or w2) zero.
 
@@ -29,7 +29,7 @@ class LoKrFactors:
         {'lokr_w1': (2, 2), 'lokr_w2': (24, 8)}
     """
 
-    inits = ("default",)
+    inits: tuple[str, ...] = ("default",)
     free_rank = True
 
     def __init__(self, factor: int = -1) -> None:
@@ -54,6 +54,10 @@ class LoKrFactors:
         if w2 is None:
             w2 = (factors["lokr_w2_a"] @ factors["lokr_w2_b"]).view(len(factors["lokr_w2_a"]), -1, *spec.kernel)
         return torch.kron(w1.view(*w1.shape, *[1] * len(spec.kernel)), w2)
+
+    def pad(self, factors: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        w2 = {name: torch.cat([factors[name], more[name]], dim) for dim, name in ((1, "lokr_w2_a"), (0, "lokr_w2_b"))}
+        return {**factors, **w2}
 
     def drop(self, factors: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
         """Of w2; a whole one is one component."""

@@ -95,7 +95,7 @@ def allocate_ranks(
     factorization = get_factors(factors)
     if getattr(factorization, "free_rank", False):
         raise ConvLoRAError(
-            f"allocate_ranks: the rank of {factors!r} factors counts no components of ΔW; 'locon' ranks can be allocated"
+            f"allocate_ranks: the rank of {factors!r} factors counts no components of ΔW; 'locon' has ranks to allocate"
         )
     specs = {path: weight_spec(layer) for path, layer in layers.items()}
     prices = {path: _prices(factorization, spec, most) for path, spec in specs.items()}

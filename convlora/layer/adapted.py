@@ -295,7 +295,8 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
 def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
     """A base checkpoint that comes after `inject` reaches the copies, too, while nothing was trained."""
     slot = slot_of(self)
-    absent = {n for n in slot.names() if not any(key.startswith(f"{prefix}{CHILD}.{n}.") for key in state_dict)}
+    following = [*slot.copies(), *(name for name, low_rank in slot.low_ranks().items() if low_rank.needs_weight)]
+    absent = {n for n in following if not any(key.startswith(f"{prefix}{CHILD}.{n}.") for key in state_dict)}
     with _restarting(self, absent), choosing([slot], Choice({})):  # what `assign=True` assigns is the base's
         self._convlora_base._load_from_state_dict(self, state_dict, prefix, *rest)
     for name, copies in slot.copies().items():
@@ -306,7 +307,9 @@ def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str,
 @contextlib.contextmanager
 def _restarting(layer: Any, names: Container[str]) -> Iterator[None]:
     """Factors that depend on the base weight start anew on the one that the block brings, while nothing was trained."""
-    found = [low_rank for name, low_rank in slot_of(layer).low_ranks().items() if low_rank.needs_weight and name in names]
+    found = [
+        low_rank for name, low_rank in slot_of(layer).low_ranks().items() if low_rank.needs_weight and name in names
+    ]
     parts = [layer._parameters.get("weight"), *(p for low_rank in found for p in low_rank.parameters())]
     if not found or any(p is None or is_sharded(p) for p in parts):
         yield

@@ -54,7 +54,7 @@ def forming_again(form: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         >>> gain.grad.tolist()
         [0.0, 0.0]
     """
-    return _FormingAgain.apply(form, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    return _FormingAgain.apply(form, *tensors)  # type: ignore[no-any-return]
 
 
 class _FormingAgain(torch.autograd.Function):
@@ -121,6 +121,7 @@ def without_keeping(slot: object, call: Callable[[], Any]) -> Any:
             return call()
     finally:
         computing.slot, computing.formed = before
+        formed.clear()  # autograd keeps the hooks
 
 
 def _outer_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,17 +12,19 @@ from torch import Tensor, nn
 from convlora.config import AdapterConfig
 from convlora.factors.base import (
     Factorization,
-    Gains,
     WeightSpec,
     gains_of,
     get_factors,
     needs_weight,
-    scaled_update,
     start_factors,
+    update_of,
 )
 from convlora.layer.again import forming_again, forms_again
 from convlora.layer.loading import AdapterTensors
-from convlora.layer.sharded import sharded_like
+from convlora.layer.sharded import full_tensor, sharded_like
+
+SCALE = "lora_scale"  # beside the factors in a full checkpoint
+_SAME_SCALE = 0.01  # relative: a checkpoint may have been cast to bfloat16, or averaged
 
 
 class LowRank(AdapterTensors):
@@ -49,9 +52,11 @@ class LowRank(AdapterTensors):
     ) -> None:
         super().__init__()
         self.config, self.spec, self.rank, self.alpha = config, spec, rank, alpha
+        self._factors = config.factors  # apart: a graph of PyTorch 2.7 stands on every field of a config that it reads
         self.strength = 1.0
         self._has_bias = bias  # plain attributes: asked at every read of a bias or weight
         self.needs_weight = needs_weight(self.factorization)
+        self._forms_again = bool(getattr(self.factorization, "forms_again", False))
         given = factors or {}
         self._tensors = tuple(self.factorization.shapes(spec, rank))
         for name, shape in self.factorization.shapes(spec, rank).items():
@@ -64,15 +69,17 @@ class LowRank(AdapterTensors):
         self.register_buffer("_gain", gain, persistent=False)
         self.register_buffer("_scale", gain.clone(), persistent=False)
         self.register_buffer("_bias_gain", gain.clone() if bias else None, persistent=False)
+        self.register_buffer(SCALE, None)
         if given:
             self.copy_(given)
         elif device.type != "meta":
             self.reset_parameters(base)
         self.set_strength(1.0)
+        self._state_scale()
 
     @property
     def factorization(self) -> Factorization:
-        return get_factors(self.config.factors)
+        return get_factors(self._factors)
 
     def updates(self, kind: str) -> bool:
         """Whether it has an update of the weight, or of the bias."""
@@ -116,9 +123,10 @@ class LowRank(AdapterTensors):
         """Become the adapter of another file with the same shapes."""
         self.config, self.alpha = config, alpha
         self.set_strength(self.strength)
+        self._state_scale()
 
     def _gains(self, strength: float) -> tuple[float, float]:
-        return gains_of(self.factorization, self.scale, strength)
+        return gains_of(self.scale, strength, self.needs_weight)
 
     def set_strength(self, strength: float) -> None:
         self.strength = strength
@@ -128,6 +136,12 @@ class LowRank(AdapterTensors):
             self._scale.fill_(inside)
             if self._bias_gain is not None:
                 self._bias_gain.fill_(strength)
+
+    def _state_scale(self) -> None:
+        """Have the scale as a buffer, for checkpoints alone: the same factors at another scale are another update."""
+        device = getattr(self, self._tensors[0]).device
+        with torch.inference_mode(False):  # a new one: `load_state_dict(assign=True)` brings the checkpoint's own
+            self._buffers[SCALE] = torch.full((), self.scale, dtype=torch.float32, device=device)
 
     def _mask(self) -> Tensor:
         """Which rank components a call keeps, drawn anew, each weighed so that the mean stays: `(rank,)`."""
@@ -157,20 +171,17 @@ class LowRank(AdapterTensors):
             keep = dropout if isinstance(dropout, Tensor) else self._mask()
             factors = self.factorization.drop(factors, keep)
         # Eager ones take the number: a backward that comes after another `activate` must not find the tensor changed.
-        gains: Gains = (self._gain, self._scale) if strength is None else self._gains(strength)
-        names, tensors = [*factors], [*factors.values()]
+        outside, inside = (self._gain, self._scale) if strength is None else self._gains(strength)
+        if not self._forms_again or torch.compiler.is_compiling() or not forms_again():
+            return update_of(self.factorization, factors, self.spec, inside, base) * outside
 
-        def update(*tensors: Tensor) -> Tensor:
-            given = dict(zip(names, tensors, strict=False))
+        def form(*tensors: Tensor) -> Tensor:
             weight = tensors[-1] if self.needs_weight else None
-            return scaled_update(self.factorization, given, self.spec, gains, weight)
+            given = dict(zip(factors, tensors, strict=False))
+            return update_of(self.factorization, given, self.spec, inside, weight)
 
-        if self.needs_weight:
-            assert base is not None
-            tensors.append(base)
-        if getattr(self.factorization, "forms_again", False) and not torch.compiler.is_compiling() and forms_again():
-            return forming_again(update, *tensors)
-        return update(*tensors)
+        tensors = [*factors.values(), *([base] if self.needs_weight and base is not None else [])]
+        return forming_again(form, *tensors) * outside
 
     def in_float64(self, kind: str, base: Tensor | None = None) -> Tensor:
         """The scaled update of `weight` or `bias`, computed in float64 and without dropout."""
@@ -178,7 +189,8 @@ class LowRank(AdapterTensors):
         if kind == "bias":
             return wide["lora_bias"] * self.strength
         weight = base.double() if self.needs_weight and base is not None else None
-        return scaled_update(self.factorization, wide, self.spec, self._gains(self.strength), weight)
+        outside, inside = self._gains(self.strength)
+        return update_of(self.factorization, wide, self.spec, inside, weight) * outside
 
     def tensor_names(self) -> Iterable[str]:
         return self.factors()
@@ -212,4 +224,40 @@ class LowRank(AdapterTensors):
         if was_meta and not self._gain.is_meta:  # memory without values: start as a new adapter does
             self.reset_parameters()
         self.set_strength(self.strength)
+        self._state_scale()
         return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As all modules do, but factors at another scale are an error; a checkpoint that states none passes."""
+        key = prefix + SCALE
+        if (stated := _number(state_dict.get(key))) is not None and not self._is_scale(stated):
+            alpha = stated * self.rank / self.config.scale(self.rank, self.rank)
+            error_msgs.append(
+                f"{prefix.removesuffix('.')}: the checkpoint's adapter has scale {stated:g}, the model's {self.scale:g}"
+                f" (alpha {self.alpha:g}, rank {self.rank}, {self.config.rank_scaling}); inject with alpha={alpha:g}"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key in missing_keys:
+            missing_keys.remove(key)
+        self._state_scale()
+
+    def _is_scale(self, stated: float) -> bool:
+        return math.isclose(stated, self.scale, rel_tol=_SAME_SCALE, abs_tol=1e-30)
+
+
+def _number(value: Any) -> float | None:
+    """The number in a tensor that has one, of a checkpoint; None for anything else."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_meta or type(value).__name__ == "FakeTensor":
+        return None
+    return float(full_tensor(value))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import PRODUCTS, NET_INPUT, adapted_net, delta, net, randomise
+from oracle import NET_INPUT, PRODUCTS, adapted_net, delta, net, randomise
 from strategies import specs
 from torch import Tensor, nn
 

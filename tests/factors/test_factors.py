@@ -14,7 +14,7 @@ from strategies import specs
 from torch import Tensor, nn
 
 import convlora
-from convlora.factors.base import WeightSpec, gains_of, get_factors, scaled_update, start_factors
+from convlora.factors.base import WeightSpec, gains_of, get_factors, needs_weight, start_factors, update_of
 from convlora.factors.convlora import ConvLoRAFactors
 from convlora.factors.locon import LoConFactors
 
@@ -34,7 +34,8 @@ def test_delta_is_the_naive_one(spec: WeightSpec, rank: int, factors: str) -> No
         name: torch.randn(shape, dtype=torch.float64) for name, shape in factorization.shapes(spec, rank).items()
     }
     weight = torch.randn(spec.shape, dtype=torch.float64)
-    ours = scaled_update(factorization, tensors, spec, gains_of(factorization, 0.5, 1.0), weight)
+    outside, inside = gains_of(0.5, 1.0, needs_weight(factorization))
+    ours = update_of(factorization, tensors, spec, inside, weight) * outside
     torch.testing.assert_close(ours, change(factors, tensors, spec, 0.5, weight))
 
 
@@ -48,7 +49,7 @@ def test_every_start_is_a_zero_update(spec: WeightSpec, rank: int, start: tuple[
     tensors = {name: torch.full(shape, torch.nan) for name, shape in factorization.shapes(spec, rank).items()}
     weight = torch.randn(spec.shape).to(dtype)
     start_factors(factorization, tensors, init, spec, weight)
-    assert bool(scaled_update(factorization, tensors, spec, (1.0, 0.3), weight).eq(0).all())
+    assert bool(update_of(factorization, tensors, spec, 0.3, weight).eq(0).all())
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert factors == "dense" or any(tensor.ne(0).any() for tensor in tensors.values())
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import convlora
-from convlora.factors.base import scaled_update
+from convlora.factors.base import update_of
 from convlora.layer.adapted import slot_of, weight_spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -341,7 +341,7 @@ def test_rank_dropout_drops_whole_components_and_keeps_the_mean(factors: str) ->
     low_rank = slot_of(layer).low_rank("default")
     for keep in ([0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]):
         dropped = low_rank.factorization.drop(low_rank.factors(), torch.tensor(keep))
-        parts.append(scaled_update(low_rank.factorization, dropped, low_rank.spec, (1.0, 1.0), base))
+        parts.append(update_of(low_rank.factorization, dropped, low_rank.spec, 1.0, base))
     if factors != "dora":  # whose norm is not linear
         torch.testing.assert_close(parts[1] + parts[2], 2 * full)
     layer.train()
