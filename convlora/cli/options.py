@@ -34,6 +34,16 @@ Prefix = Annotated[
         " by default it is found.",
     ),
 ]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        "--part", metavar="TEXT", help="Of a FILE of several networks, the names that begin so: lora_unet, unet …"
+    ),
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option("--alpha", metavar="X", help="`lora_alpha` of the training, where a FILE states none."),
+]
 Network = Annotated[
     str | None,
     typer.Option(

@@ -18,6 +18,12 @@ from convlora.formats import locon, loralib, peft, tensors
 from convlora.model.traversal import specs_of as specs_of
 
 FORMATS = ("convlora", "peft", "locon", "loralib", "diffusers")
+HELD: dict[str, tuple[str, ...]] = {  # the factorizations that a format holds as they are; others become the first
+    "peft": peft.WRITTEN,
+    "locon": locon.WRITTEN,
+    "loralib": ("convlora",),
+    "diffusers": peft.WRITTEN_TO_FILE,
+}
 
 
 def detect(path: str | os.PathLike[str]) -> str:

@@ -66,6 +66,8 @@ _KINDS = {  # peft_type -> the factorizations that it can be here
     "LOKR": ("lokr", "dense"),
 }
 _TYPES = {"locon": "LORA", "dora": "LORA", "loha": "LOHA", "lokr": "LOKR"}  # factorization -> peft_type
+WRITTEN = tuple(_TYPES)
+WRITTEN_TO_FILE = ("locon", "dora", "lokr")  # diffusers reads no LoHa
 
 # What a config may switch on that an update W + s·B·A of a layer's weight does not express.
 _REFUSED = {
@@ -294,7 +296,7 @@ def write(
     adapter: Adapter, path: str | os.PathLike[str], prefix: str | None, base: Mapping[str, Any] | None = None
 ) -> None:
     """Write a PEFT directory; see `convlora.formats.write`."""
-    adapter = _in_form(adapter)
+    adapter = _in_form(adapter, WRITTEN)
     _check(adapter, "PEFT adapter")
     start = PREFIX if prefix is None else prefix
     tensors = _tensors(adapter, start)
@@ -308,9 +310,7 @@ def write_file(adapter: Adapter, path: str | os.PathLike[str], prefix: str | Non
     """Write a file of diffusers; see `convlora.formats.write`."""
     if Path(path).suffix != ".safetensors":
         raise ConvLoRAError(f"write: '{path}' must end in .safetensors: a file of diffusers has its config in metadata")
-    adapter = _in_form(adapter)
-    if adapter.config.factors == "loha":
-        raise ConvLoRAError("write: diffusers reads no LoHa; adapter.refactor('locon') brings it to LoRA")
+    adapter = _in_form(adapter, WRITTEN_TO_FILE)
     _check(adapter, "file of diffusers")
     start = f"{prefix.rstrip('.')}." if prefix else ""
     settings = {f"{start}{name}": value for name, value in _config(adapter).items()}
@@ -318,9 +318,9 @@ def write_file(adapter: Adapter, path: str | os.PathLike[str], prefix: str | Non
     write_tensors(path, _tensors(adapter, start), metadata)
 
 
-def _in_form(adapter: Adapter) -> Adapter:
-    """The adapter in a factorization that PEFT has, its scales linear where PEFT knows no other."""
-    if adapter.config.factors not in _TYPES:
+def _in_form(adapter: Adapter, written: Sequence[str]) -> Adapter:
+    """The adapter in a factorization that is written, its scales linear where PEFT knows no other."""
+    if adapter.config.factors not in written:
         return adapter.refactor("locon")
     if adapter.config.factors in ("loha", "lokr"):
         config = adapter.config.replace(rank_scaling="linear")

@@ -196,6 +196,7 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
     "DoRA": ("dora", {}),
     "LoKr": ("lokr", {"rank": 1}),
     "LoKr, whole": ("lokr", {"rank": 9, "alpha": 2}),
+    "LoHa": ("loha", {}),
     "dense": ("dense", {}),
 }
 
@@ -217,7 +218,7 @@ def test_written_files_give_their_output_in_diffusers(
     assert distance(run(model.double()), expected) < ROUNDING
     assert distance(expected, run(base)) > 0.005
     again = formats.read(tmp_path / "rain.safetensors", layers=formats.specs_of(base))
-    assert again.config.factors == ("locon" if factors in ("dense", "convlora") else factors)
+    assert again.config.factors == ("locon" if factors in ("dense", "convlora", "loha") else factors)
     assert distance(run(convlora.load(copy.deepcopy(base), again)), expected) < ROUNDING
 
 
@@ -236,7 +237,6 @@ def test_a_pipeline_loads_a_written_file(tmp_path: Path, diffusers: Any) -> None
 def test_what_diffusers_has_no_place_for_is_not_written(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 4, 2))
     for factors, options, message in [
-        ("loha", {}, "diffusers reads no LoHa; adapter.refactor\\('locon'\\) brings it to LoRA"),
         ("locon", {"targets": "2"}, "no file of diffusers holds this one: '2' is a transposed convolution"),
         ("locon", {"modules_to_save": "1"}, "a diffusers file holds no copies of modules"),
         ("dora", {"bias": True}, "'0' has a bias delta, for which PEFT has no place beside dora factors"),
