@@ -326,14 +326,15 @@ def padded(adapter: A, ranks: Mapping[str, int]) -> A:
     )
 
 
-def why_not_padded(factorization: Factorization, spec: WeightSpec, rank: int, to: int) -> str | None:
+def why_not_padded(name: str, spec: WeightSpec, rank: int, to: int) -> str | None:
     """Why factors of a rank cannot be had at another; None if they can: a higher one, or where it says nothing."""
+    factorization = get_factors(name)
     if factorization.shapes(spec, rank) == factorization.shapes(spec, to):
         return None
     if rank > to:
         return f"the file has rank {rank}, the adapter on the model rank {to}"
     if not hasattr(factorization, "pad") and not hasattr(factorization, "join"):
-        return f"rank {rank} on rank {to}, which factors without a method 'pad' or 'join' cannot be padded to"
+        return f"rank {rank} on rank {to}, which {name!r} factors cannot be padded to"
     return None
 
 
