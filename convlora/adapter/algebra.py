@@ -15,7 +15,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, refuse_weight, strengths_of, tensor_key
+from convlora.adapter.parts import (
+    BIAS_DELTA,
+    AdapterParts,
+    LayerFactors,
+    layer_delta,
+    refuse_weight,
+    strengths_of,
+    tensor_key,
+)
 from convlora.config import AdapterConfig, Strength, is_number
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors.base import Factorization, WeightSpec, get_factors, needs_weight, start_factors
@@ -275,12 +283,9 @@ def _means_the_same(source: Factorization, target: Factorization, layer: LayerFa
     return torch.equal(source.delta(tensors, layer.spec).flatten(), target.delta(tensors, layer.spec).flatten())
 
 
-def dense_delta(config: AdapterConfig, layer: LayerFactors) -> Tensor:
-    """ΔW with its scale, float64, `(out, in/groups, *kernel)`."""
-    spec = layer.spec
-    factors = {name: tensor.double() for name, tensor in layer.tensors.items() if name != BIAS_DELTA}
-    delta = get_factors(config.factors).delta(factors, spec) * config.scale(layer.rank, layer.alpha)
-    return delta.reshape(spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
+def dense_delta(config: AdapterConfig, layer: LayerFactors, base: Tensor | None = None) -> Tensor:
+    """ΔW with its scale, float64, `(out, in/groups, *kernel)`; `base`: the weight, where ΔW depends on it."""
+    return layer.spec.to_convolution(layer_delta(config, layer, 1.0, exact=True, base=base))
 
 
 def scaled_factors(factorization: Factorization, layer: LayerFactors, gain: float) -> dict[str, Tensor]:
