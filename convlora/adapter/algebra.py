@@ -15,7 +15,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, refuse_weight, strengths_of, tensor_key
+from convlora.adapter.parts import (
+    BIAS_DELTA,
+    AdapterParts,
+    LayerFactors,
+    layer_delta,
+    refuse_weight,
+    strengths_of,
+    tensor_key,
+)
 from convlora.config import AdapterConfig, Strength, is_number
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors.base import Factorization, WeightSpec, get_factors, needs_weight, start_factors
@@ -275,12 +283,9 @@ def _means_the_same(source: Factorization, target: Factorization, layer: LayerFa
     return torch.equal(source.delta(tensors, layer.spec).flatten(), target.delta(tensors, layer.spec).flatten())
 
 
-def dense_delta(config: AdapterConfig, layer: LayerFactors) -> Tensor:
-    """ΔW with its scale, float64, `(out, in/groups, *kernel)`."""
-    spec = layer.spec
-    factors = {name: tensor.double() for name, tensor in layer.tensors.items() if name != BIAS_DELTA}
-    delta = get_factors(config.factors).delta(factors, spec) * config.scale(layer.rank, layer.alpha)
-    return delta.reshape(spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
+def dense_delta(config: AdapterConfig, layer: LayerFactors, base: Tensor | None = None) -> Tensor:
+    """ΔW with its scale, float64, `(out, in/groups, *kernel)`; `base`: the weight, where ΔW depends on it."""
+    return layer.spec.to_convolution(layer_delta(config, layer, 1.0, exact=True, base=base))
 
 
 def scaled_factors(factorization: Factorization, layer: LayerFactors, gain: float) -> dict[str, Tensor]:
@@ -326,14 +331,15 @@ def padded(adapter: A, ranks: Mapping[str, int]) -> A:
     )
 
 
-def why_not_padded(factorization: Factorization, spec: WeightSpec, rank: int, to: int) -> str | None:
+def why_not_padded(name: str, spec: WeightSpec, rank: int, to: int) -> str | None:
     """Why factors of a rank cannot be had at another; None if they can: a higher one, or where it says nothing."""
+    factorization = get_factors(name)
     if factorization.shapes(spec, rank) == factorization.shapes(spec, to):
         return None
     if rank > to:
         return f"the file has rank {rank}, the adapter on the model rank {to}"
     if not hasattr(factorization, "pad") and not hasattr(factorization, "join"):
-        return f"rank {rank} on rank {to}, which factors without a method 'pad' or 'join' cannot be padded to"
+        return f"rank {rank} on rank {to}, which {name!r} factors cannot be padded to"
     return None
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-Form = Literal["convlora", "locon"]
+Form = Literal["convlora", "locon", "dense"]
 
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint: .safetensors, or .pth and its like.")]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Adapter of any format.")]

@@ -407,7 +407,7 @@ def _cannot_swap(layer: nn.Module, name: str, loaded: Adapter, factors: LayerFac
         return f"the file has {loaded.config.factors!r} factors, the model {low_rank.config.factors!r}"
     if set(low_rank.factors()) != set(factors.tensors):
         return f"the file has {sorted(factors.tensors)}, the model {sorted(low_rank.factors())}"
-    return why_not_padded(low_rank.factorization, factors.spec, factors.rank, low_rank.rank)
+    return why_not_padded(loaded.config.factors, factors.spec, factors.rank, low_rank.rank)
 
 
 def _placement(path: str, layer: nn.Module, f: LayerFactors) -> Placement:
