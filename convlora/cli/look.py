@@ -20,7 +20,7 @@ from convlora.adapter.parts import BIAS_DELTA, LayerFactors, refuse_weight, tens
 from convlora.cli.architecture import recognise_architecture
 from convlora.cli.console import emit, progress
 from convlora.cli.inputs import describe_match, fit_to_base, match_base, read_adapter, read_base, size_in_bytes
-from convlora.cli.options import BaseOption, File, Json, Network, Prefix
+from convlora.cli.options import Alpha, BaseOption, File, Json, Network, Part, Prefix
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec, get_factors, needs_weight
@@ -32,7 +32,14 @@ from convlora.support.table import text_table
 from convlora.targets import select_layers
 
 
-def info(file: File, base: BaseOption = None, network: Network = None, as_json: Json = False) -> None:
+def info(
+    file: File,
+    base: BaseOption = None,
+    part: Part = None,
+    alpha: Alpha = None,
+    network: Network = None,
+    as_json: Json = False,
+) -> None:
     """Show what is in an adapter.
 
     Config, layers, ranks, sizes, the Frobenius norm of each ΔW, and the fingerprint of the base. Reading checks the
@@ -44,7 +51,7 @@ def info(file: File, base: BaseOption = None, network: Network = None, as_json: 
       convlora info rain.safetensors --json | jq '.layers | map_values(.rank)'
     """
     checkpoint = read_base(base, network)
-    adapter = read_adapter(file, checkpoint)
+    adapter = read_adapter(file, checkpoint, alpha=alpha, part=part)
     format = formats.detect(file)
     with progress("norms"):
         layers = {
@@ -98,6 +105,8 @@ def diff(
             "--prefix", metavar="TEXT", help="What the names of A or of B begin with and those of the other do not."
         ),
     ] = "",
+    part: Part = None,
+    alpha: Alpha = None,
     network: Network = None,
     as_json: Json = False,
 ) -> None:
@@ -111,7 +120,7 @@ def diff(
       convlora diff rain.safetensors rain-small.safetensors
     """
     checkpoint = read_base(base, network)
-    ours, theirs = read_adapter(a, checkpoint), read_adapter(b, checkpoint)
+    ours, theirs = (read_adapter(file, checkpoint, alpha=alpha, part=part) for file in (a, b))
     theirs = _with_names_of(ours, theirs, a, b, prefix)
     both = [path for path in ours.layers if path in theirs.layers]
     other = [path for path in both if ours.layers[path].spec != theirs.layers[path].spec]
@@ -232,6 +241,8 @@ def verify(
         Path | None, typer.Option("--base", metavar="CHECKPOINT", help="Also check that it fits, and was adapted.")
     ] = None,
     prefix: Prefix = "",
+    part: Part = None,
+    alpha: Alpha = None,
     network: Network = None,
     as_json: Json = False,
 ) -> None:
@@ -248,7 +259,7 @@ def verify(
     report: dict[str, Any] = {"file": str(file), "base": str(base) if base else None, "ok": True, "checks": {}}
     checks = report["checks"]
     try:
-        adapter = read_adapter(file, checkpoint, prefix=prefix)
+        adapter = read_adapter(file, checkpoint, prefix=prefix, alpha=alpha, part=part)
     except ConvLoRAError as error:
         checks["file"] = {"ok": False, "what": _cause(error)}
     else:

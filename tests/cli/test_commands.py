@@ -458,7 +458,7 @@ ERRORS = {  # likewise
     "convert rain% --to peft -o peft": "convert: 'peft' exists; --force overwrites it",
     "convert peft --to convlora -o peft/new%": "convert: 'peft/new%' is an input ('peft'); write to another place",
     "convert peft/adapter_config.json --to peft -o peft --force": "convert: 'peft' is an input ('peft/adapter_config",
-    "convert rain% --to peft -o out --factors convlora": "convert: peft files hold 'locon' factors only; leave ",
+    "convert rain% --to peft -o out --factors convlora": "convert: peft files hold 'locon' and 'dora' and",
     "convert rain% --to locon -o out%": "write: no LoCon file holds this adapter: ",
     "convert snow% --to locon -o out% --alpha 2": "write: --alpha is for loralib files",
     "convert snow% --to convlora -o out% --prefix x": "write: prefix (='x') must be a string, for peft, locon",
