@@ -17,10 +17,11 @@ from convlora.adapter.parts import (
     LayerFactors,
     at_least_float32,
     base_fingerprint,
+    base_key,
     layer_delta,
     tensor_key,
 )
-from convlora.adapter.specs import guess_spec, is_layer_weight
+from convlora.adapter.specs import guess_spec_of, is_layer_weight, layer_of_weight
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
@@ -39,7 +40,7 @@ def apply_adapters(
     if not isinstance(state_dict, Mapping):
         raise ConvLoRAError(f"Adapter.apply_to: expected a state dict, got {type(state_dict).__name__}")
     copies = {  # a module of several paths is one layer
-        tensor_key(alias, kind): tensor_key(path, kind)
+        base_key(alias, kind, state_dict, layer.spec): base_key(path, kind, state_dict, layer.spec)
         for adapter, _ in strengths
         for path, layer in adapter.layers.items()
         for kind in _kinds(layer)
@@ -52,7 +53,8 @@ def apply_adapters(
         state_dict_misfits(adapter, state_dict).raise_if_any("Adapter.apply_to")
         for path, layer in adapter.layers.items():
             for kind in _kinds(layer):
-                name = copies.get(tensor_key(path, kind), tensor_key(path, kind))
+                name = base_key(path, kind, state_dict, layer.spec)
+                name = copies.get(name, name)
                 changes.setdefault(name, {}).setdefault(number, (adapter, layer, strength))
     problems = Problems()
     merged: dict[str, Tensor] = {}
@@ -97,7 +99,7 @@ def state_dict_misfits(adapter: AdapterParts, state_dict: Mapping[str, Any]) -> 
     problems = Problems()
     for path, layer in adapter.layers.items():
         for kind in _kinds(layer):
-            name = tensor_key(path, kind)
+            name = base_key(path, kind, state_dict, layer.spec)
             shape = layer.spec.shape if kind == "weight" else (layer.spec.out_channels,)
             base = state_dict.get(name)
             if not isinstance(base, Tensor):
@@ -144,7 +146,7 @@ def extract_adapter(
     differing, left_out = _compare(base, tuned)
     layers, errors = {}, {}
     for path, spec in counted_steps(_layers(base, tuned, differing, specs or {}).items()):
-        weight, bias = tensor_key(path, "weight"), tensor_key(path, "bias")
+        weight, bias = (base_key(path, kind, base, spec) for kind in ("weight", "bias"))
         fit = factorization.fit(spec.to_convolution(_difference(base, tuned, weight)), spec, choose)
         tensors = dict(fit.factors)
         if bias in differing and tuple(base[bias].shape) == (spec.out_channels,):
@@ -165,7 +167,7 @@ def extract_adapter(
         make,
         config,
         layers,
-        fingerprint=base_fingerprint({p: base[tensor_key(p, "weight")] for p in layers}),
+        fingerprint=base_fingerprint({p: base[base_key(p, "weight", base, layers[p].spec)] for p in layers}),
         errors=errors,
     )
 
@@ -201,16 +203,18 @@ def _layers(
     problems = Problems()
     layers = {}
     for name, weight in base.items():
-        path, _, last = str(name).rpartition(".")
-        if last != "weight" or not is_layer_weight(weight) or not is_layer_weight(tuned.get(name)):
+        path = layer_of_weight(str(name))
+        if path is None or not is_layer_weight(weight) or not is_layer_weight(tuned.get(name)):
             continue
         comparable = weight.shape == tuned[name].shape
-        if name in differing or (comparable and tensor_key(path, "bias") in differing):
-            layers[path] = specs.get(path) or guess_spec(tuple(weight.shape), base.get(tensor_key(path, "bias")))
+        if name in differing or (comparable and base_key(path, "bias", base) in differing):
+            layers[path] = specs.get(path) or guess_spec_of(path, base)
             if layers[path].shape != tuple(weight.shape):
                 problems.mismatched.append(f"{name} {tuple(weight.shape)} instead of {layers[path].shape}")
     problems.missing += [
-        tensor_key(path, "weight") for path in specs if not isinstance(base.get(tensor_key(path, "weight")), Tensor)
+        base_key(path, "weight", base, spec)
+        for path, spec in specs.items()
+        if not isinstance(base.get(base_key(path, "weight", base, spec)), Tensor)
     ]
     problems.raise_if_any(OPERATION)
     return layers

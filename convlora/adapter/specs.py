@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from convlora.adapter.parts import tensor_key
+from convlora.adapter.parts import base_key, tensor_key
 from convlora.errors import ConvLoRAError
-from convlora.factors.base import WeightSpec
+from convlora.factors.base import PROJECTIONS, WeightSpec
 
 
 def specs_from_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, WeightSpec]:
     """Layer path -> weight, for every floating `.weight` of two or more dimensions, in the order of the checkpoint.
 
-    A bare checkpoint tells neither groups nor transposed layers: see `guess`.
+    `attn.in_proj_weight` is the weight of the layer `attn.in_proj`, and so on for the other projections of attention. A
+    bare checkpoint tells neither groups nor transposed layers: see `guess_spec`.
 
     Example:
         >>> from torch import nn
@@ -26,10 +28,31 @@ def specs_from_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, WeightSpec
         raise ConvLoRAError(f"specs_from_checkpoint: expected a state dict, got {type(state_dict).__name__}")
     specs = {}
     for name, weight in state_dict.items():
-        path, _, last = str(name).rpartition(".")
-        if last == "weight" and is_layer_weight(weight):
-            specs[path] = guess_spec(tuple(weight.shape), state_dict.get(tensor_key(path, "bias")))
+        path = layer_of_weight(str(name))
+        if path is not None and is_layer_weight(weight):
+            specs[path] = guess_spec_of(path, state_dict)
     return specs
+
+
+def layer_of_weight(name: str) -> str | None:
+    """The path of the layer whose weight an entry of a checkpoint is, by its name; None if it is none.
+
+    Example:
+        >>> layer_of_weight("body.0.weight"), layer_of_weight("attn.in_proj_weight"), layer_of_weight("body.0.bias")
+        ('body.0', 'attn.in_proj', None)
+    """
+    path, _, last = name.rpartition(".")
+    if last == "weight":
+        return path
+    projection = last.removesuffix("_weight")
+    return tensor_key(path, projection) if last != projection and projection in PROJECTIONS else None
+
+
+def guess_spec_of(path: str, state_dict: Mapping[str, Any]) -> WeightSpec:
+    """What a checkpoint that has the weight of a layer tells of it."""
+    weight = base_key(path, "weight", state_dict)
+    spec = guess_spec(tuple(state_dict[weight].shape), state_dict.get(base_key(path, "bias", state_dict)))
+    return replace(spec, in_parent=weight != tensor_key(path, "weight"))
 
 
 def is_layer_weight(value: Any) -> bool:

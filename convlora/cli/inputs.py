@@ -11,7 +11,7 @@ import torch
 from convlora import formats
 from convlora.adapter.adapter import Adapter
 from convlora.adapter.checkpoint import state_dict_misfits
-from convlora.adapter.parts import base_fingerprint, tensor_key
+from convlora.adapter.parts import base_fingerprint, base_key
 from convlora.cli.architecture import layers_of, with_checkpoint_names
 from convlora.errors import ConvLoRAError
 from convlora.formats.checkpoints import Checkpoint
@@ -57,7 +57,8 @@ def is_same_base(adapter: Adapter, placed: Adapter, state: Mapping[str, Any]) ->
     """Whether the checkpoint is the base that was adapted, as stored or read in float32; None if the file tells not."""
     if adapter.fingerprint is None:
         return None
-    weights = {was: state[tensor_key(now, "weight")] for was, now in zip(adapter.layers, placed.layers, strict=True)}
+    keys = [base_key(path, "weight", state, layer.spec) for path, layer in placed.layers.items()]
+    weights = {path: state[key] for path, key in zip(adapter.layers, keys, strict=True)}
     read = {path: weight.to(torch.float32) for path, weight in weights.items()}
     return adapter.fingerprint in (base_fingerprint(weights), base_fingerprint(read))
 

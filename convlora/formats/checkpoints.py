@@ -18,7 +18,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from convlora.adapter.parts import tensor_key
+from convlora.adapter.parts import base_keys
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, one_line
 from convlora.support.atomic import write_atomically
 from convlora.support.safetensors import tensor_bytes
@@ -102,11 +102,15 @@ class Checkpoint:
             ConvLoRAError: the checkpoint has the layers under several prefixes.
         """
         names = set(_inside(self.content, self.where))
-        weights = [tensor_key(path, "weight") for path in layers]
-        if all(self.prefix + weight in names for weight in weights):
+        weights = [base_keys(path, "weight") for path in layers]
+
+        def has_all(prefix: str) -> bool:
+            return all(any(prefix + key in names for key in keys) for keys in weights)
+
+        if has_all(self.prefix):
             return self
-        ends = [name.removesuffix(weights[0]) for name in names if f".{name}".endswith(f".{weights[0]}")]
-        prefixes = sorted(prefix for prefix in ends if all(prefix + weight in names for weight in weights))
+        ends = {n.removesuffix(key) for key in weights[0] for n in names if f".{n}".endswith(f".{key}")}
+        prefixes = sorted(filter(has_all, ends))
         if len(prefixes) > 1:
             raise ConvLoRAError(f"read: '{self.path}' has these layers several times: below {', '.join(prefixes)}")
         return replace(self, prefix=prefixes[0]) if prefixes else self

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
 from convlora.layer.context import Choice, choosing
-from convlora.layer.copies import TensorCopies, own_tensors
+from convlora.layer.copies import own_tensors
 from convlora.layer.forms import training_form_of
 from convlora.layer.loading import AdapterTensors
+from convlora.layer.projection import PROJECTED, Projection, home_of, projections_on
 from convlora.layer.sharded import is_managed, is_shard_root, is_sharded
 from convlora.layer.slot import Slot
 
@@ -60,7 +61,9 @@ def why_not(layer: nn.Module) -> str | None:
         return f"its weight is {getattr(weight, 'dtype', type(weight).__name__)}, not floating point"
     if tuple(weight.shape) != _declared_shape(layer):
         return f"its weight has shape {tuple(weight.shape)}, its attributes say {_declared_shape(layer)}"
-    return f"it has an attribute named {CHILD!r}" if has_child_name(layer) else None
+    if has_child_name(home_of(layer, "weight")[0]):
+        return f"{'the module around it' if isinstance(layer, Projection) else 'it'} has an attribute named {CHILD!r}"
+    return None
 
 
 def has_child_name(module: nn.Module) -> bool:
@@ -90,7 +93,8 @@ def declare_shape(module: nn.Module) -> None:
 
 def weight_spec(layer: Any) -> WeightSpec:
     """The shape of a layer's weight and how to read it."""
-    return WeightSpec(_declared_shape(layer), int(getattr(layer, "groups", 1)), isinstance(layer, _TRANSPOSED))
+    groups, in_parent = int(getattr(layer, "groups", 1)), isinstance(layer, Projection)
+    return WeightSpec(_declared_shape(layer), groups, isinstance(layer, _TRANSPOSED), in_parent)
 
 
 # --- the adapted layer -------------------------------------------------------------------------------------------
@@ -131,12 +135,23 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
 
 def _reset_parameters(self: Any) -> None:
     """Reset the base layer: its own method writes to `weight`, which is a temporary while an adapter acts."""
-    slot = slot_of(self)
-    active, slot.active = slot.active, ()
+    _reset_base(self, self._convlora_base.reset_parameters)
+
+
+def _reset_attention(self: Any) -> None:
+    """The same for `nn.MultiheadAttention`, whose method has this name."""
+    _reset_base(self, self._convlora_base._reset_parameters)
+
+
+def _reset_base(self: Any, reset: Callable[[Any], None]) -> None:
+    before = [(slot_of(module), slot_of(module).active) for module in self.modules() if isinstance(module, Adapted)]
+    for slot, _ in before:
+        slot.active = ()
     try:
-        self._convlora_base.reset_parameters(self)
+        reset(self)
     finally:
-        slot.active = active
+        for slot, active in before:
+            slot.active = active
 
 
 class _MissingError(AttributeError):
@@ -151,8 +166,10 @@ def _property(kind: str) -> property:
                 base
             ):  # sharded: whole only inside FSDP2's forward
                 return base
-            value = slot_of(self).effective(base, kind, self.training)
+            value = _effective(self, base, kind, self.training)
             if _on_read is not None:
+                if (projection := _projection_of(self, kind)) is not None:
+                    _on_read(projection, PROJECTED[kind][1], value)
                 _on_read(self, kind, value)
             return value
         except _MissingError:
@@ -179,8 +196,28 @@ def _property(kind: str) -> property:
     return property(read, write, delete, f"The effective {kind}: the base's with the active adapters.")
 
 
+def _effective(module: Any, base: Any, kind: str, training: bool = False) -> Any:
+    """A tensor of a module with what its own adapters have of it, and those of the projection that it belongs to."""
+    value = slot_of(module).effective(base, kind, training)
+    projection = _projection_of(module, kind)
+    if projection is None or value is None:
+        return value
+    return slot_of(projection).effective(value, PROJECTED[kind][1], training)
+
+
+def _projection_of(module: Any, kind: str) -> Projection | None:
+    """The child of an attention that has factors for a tensor of it."""
+    if kind not in PROJECTED:
+        return None
+    child = module._modules.get(PROJECTED[kind][0])
+    return child if isinstance(child, Projection) else None
+
+
 def base_tensor(layer: nn.Module, kind: str) -> Any:
     """A tensor without adapters: a Parameter, a buffer, or what the layer computes (weight or spectral norm)."""
+    if isinstance(layer, Projection):
+        name = layer.held_name(kind)
+        return None if name is None else base_tensor(layer.owner, name)
     if kind in layer._parameters:
         return layer._parameters[kind]
     if kind in layer._buffers:
@@ -194,9 +231,11 @@ def base_tensor(layer: nn.Module, kind: str) -> Any:
 
 
 @contextlib.contextmanager
-def without_side_effects(layer: nn.Module) -> Iterator[None]:
+def without_side_effects(layer: nn.Module, kind: str) -> Iterator[None]:
     """Look at a layer's weight without effects: in train mode, reading a spectrally normed one moves its buffers."""
-    modes = [] if "weight" in layer._parameters else [(module, module.training) for module in layer.modules()]
+    home, name = home_of(layer, kind)
+    is_held = name is None or name in home._parameters or name in home._buffers
+    modes = [] if is_held else [(module, module.training) for module in home.modules()]
     try:
         for module, _ in modes:
             module.training = False
@@ -208,7 +247,7 @@ def without_side_effects(layer: nn.Module) -> Iterator[None]:
 
 def peek_base_tensor(layer: nn.Module, kind: str) -> Any:
     """The weight or bias without adapters, looked at without effects."""
-    with without_side_effects(layer):
+    with without_side_effects(layer, kind):
         return base_tensor(layer, kind)
 
 
@@ -219,8 +258,8 @@ def effective_names(module: Any) -> tuple[str, ...]:
 
 def effective_tensor(module: nn.Module, kind: str) -> Any:
     """A tensor with the adapters that act for the caller, as in eval mode, looked at without effects."""
-    with without_side_effects(module):
-        return slot_of(module).effective(base_tensor(module, kind), kind)
+    with without_side_effects(module, kind):
+        return _effective(module, base_tensor(module, kind), kind)
 
 
 def slot_of(layer: Any) -> Slot:
@@ -246,10 +285,12 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
             "_convlora_base": base,
             "_convlora_shape": shape,
         }
-        if not set(names) - {*_FACTORED}:
+        if not set(names) - {*_FACTORED, *PROJECTED}:
             del body["__setattr__"]  # FSDP2 has a quick path for modules without
         if hasattr(base, "reset_parameters"):
             body["reset_parameters"] = _reset_parameters
+        if hasattr(base, "_reset_parameters"):
+            body["_reset_parameters"] = _reset_attention
         if freezes:
             body["training"] = property(_reads_training, _writes_training)
         if base.forward in _STOCK:
@@ -333,20 +374,13 @@ def is_stacked(layer: nn.Module) -> bool:
     return isinstance(layer, Adapted) and "_convlora_base" not in kind.__dict__
 
 
-def class_shape(entries: Iterable[AdapterTensors]) -> Shape:
-    """What the class of a module needs to have for what adapters hold of it."""
-    entries = list(entries)
-    copies = [entry for entry in entries if isinstance(entry, TensorCopies)]
-    factored = _FACTORED if len(copies) < len(entries) else ()
-    names = dict.fromkeys([*factored, *(name for entry in copies for name in entry.tensor_names())])
-    return tuple(sorted(names)), any(entry.freezes for entry in copies)
-
-
 def adapt(module: nn.Module, name: str, entry: AdapterTensors) -> None:
     """Put what an adapter has for a module, factors or copies, on it, acting at strength 1."""
-    if not isinstance(module, Adapted):
-        module._modules[CHILD] = Slot().train(module.training)
-        module.__class__ = adapted_class(type(module), class_shape([entry]))
+    _open(module)
+    if isinstance(module, Projection):  # the attention reads the effective tensors
+        _open(module.owner)
+        module.owner._modules[module.name] = module
+        _fit_class(module.owner)
     slot = slot_of(module)
     slot._modules[name] = entry.train(module.__dict__["training"])
     slot.active = (*slot.active, name)
@@ -358,18 +392,36 @@ def release(module: nn.Module, name: str) -> None:
     slot = slot_of(module)
     del slot._modules[name]
     slot.active = tuple(other for other in slot.active if other != name)
-    if slot._modules:
+    _close_or_fit(module)
+    if isinstance(module, Projection) and not slot._modules:
+        del module.owner._modules[module.name]
+        _close_or_fit(module.owner)
+
+
+def _open(module: nn.Module) -> None:
+    if not isinstance(module, Adapted):
+        module._modules[CHILD] = Slot().train(module.training)
+        module.__class__ = adapted_class(type(module), ((), False))
+
+
+def _close_or_fit(module: Any) -> None:
+    if slot_of(module)._modules or projections_on(module):
         _fit_class(module)
     else:
-        slot._fused.clear()
+        slot_of(module)._fused.clear()
         del module._modules[CHILD]
-        module.__class__ = module._convlora_base  # type: ignore[assignment]
+        module.__class__ = module._convlora_base
 
 
 def _fit_class(module: Any) -> None:
+    """Give a module the class for what adapters hold of it: a property for each tensor that they change."""
     slot = slot_of(module)
     slot._fused.clear()
     slot.has_copies = bool(slot.copies())
-    shape = class_shape(slot._modules.values())  # type: ignore[arg-type]
+    copies = slot.copies().values()
+    factored = _FACTORED if slot.low_ranks() and not isinstance(module, Projection) else ()
+    projected = (name for projection in projections_on(module) for name in projection.held_names())
+    names = {*factored, *projected, *(name for entry in copies for name in entry.tensor_names())}
+    shape = tuple(sorted(names)), any(entry.freezes for entry in copies)
     if shape != module._convlora_shape:
         module.__class__ = adapted_class(module._convlora_base, shape)

@@ -32,6 +32,7 @@ from convlora.layer.adapted import (
 from convlora.layer.copies import TensorCopies, copied, own_tensors, statistics_names
 from convlora.layer.loading import AdapterTensors
 from convlora.layer.lowrank import LowRank
+from convlora.layer.projection import home_of
 from convlora.model.bake import plan_baking
 from convlora.model.outside import freeze_base, is_frozen, thaw_base
 from convlora.model.traversal import (
@@ -44,7 +45,7 @@ from convlora.model.traversal import (
     require_adapters,
     unwrap_model,
 )
-from convlora.targets import describe_target, select_layers, select_modules, values_by_layer
+from convlora.targets import describe_target, named_layers, select_layers, select_modules, values_by_layer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -133,7 +134,7 @@ def inject(
     copies = plan_copies(root, config, "inject")
     layers, idle = select_layers(root, config.targets, config.exclude, "inject")  # type: ignore[arg-type]
     saved = {id(module) for module in modules_to_save_of(root, config, "inject").values()}
-    layers = {path: layer for path, layer in layers.items() if id(layer) not in saved}
+    layers = {path: layer for path, layer in layers.items() if id(home_of(layer, "weight")[0]) not in saved}
     if not layers:
         raise ConvLoRAError("inject: modules_to_save leaves no layer of those that the targets select")
     for target in idle:
@@ -286,6 +287,7 @@ def place_adapter(
 def check_adaptable(path: str, layer: nn.Module, operation: str, remedy: str = "") -> None:
     """Make the class that a layer is to get, before anything is changed: a class may refuse to be subclassed."""
     try:
+        layer, _ = home_of(layer, "weight")
         if not isinstance(layer, Adapted):
             adapted_class(type(layer))
     except Exception as error:
@@ -303,7 +305,7 @@ def named_targets(config: AdapterConfig, selected: Sequence[str], root: nn.Modul
         config = config.replace(modules_to_save=tuple(f"re:{re.escape(name)}" for name in chosen))
     if all(isinstance(target, str) for target in (*config.targets, *config.exclude)):  # type: ignore[misc]
         return config
-    names = [name for name, _ in root.named_modules(remove_duplicate=False)]
+    names = [name for name, _ in named_layers(root)]
     tails = Counter(".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1))
     exact = [
         name if tails[name] == 1 and not any(c in name for c in "*?[") and not name.startswith("re:")
@@ -341,13 +343,13 @@ def remove(model: M, name: str | None = None) -> M:
     going = {module: [n for n in slot_of(module).names() if name in (None, n)] for module in modules}
     if merged and name is not None and len(adapters(root)) > 1:
         raise ConvLoRAError(f"remove: {name!r} is one of several merged adapters; unmerge first")
-    bake = plan_baking(root, [module for module in merged if going[module]])
+    bake = plan_baking(root, merged)  # of all of its adapters, or it would have been refused
     for module, names in going.items():
         for n in names:
             release(module, n)
     for step in bake:
         step()
-    thaw_base(root, [module for module, names in going.items() if names and not isinstance(module, Adapted)])
+    thaw_base(root, [module for module in modules if not isinstance(module, Adapted)])
     return model
 
 

@@ -18,7 +18,6 @@ from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
 from convlora.factors.fuse import is_finite
 from convlora.layer.adapted import (
-    CHILD,
     Adapted,
     effective_names,
     effective_tensor,
@@ -42,14 +41,14 @@ from convlora.model.outside import warn_of_changed
 from convlora.model.switch import Names, using
 from convlora.model.traversal import (
     adapted_modules,
-    adapted_paths,
+    brought_paths,
     only_adapter_name,
     refuse_sharded,
     refuse_stacked,
     require_adapters,
     unwrap_model,
 )
-from convlora.targets import is_part_of_adapter, nearest_names
+from convlora.targets import is_part_of_adapter, named_layers, nearest_names
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -179,7 +178,7 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
     problems.missing += [p for p, entry in left_out.items() if p not in bad and not _is_optional(present[p], entry)]
     complaint = str(problems)
     if problems.unexpected:
-        complaint += f"; {nearest_names(problems.unexpected[0].split(' ')[0], dict(root.named_modules()))}"
+        complaint += f"; {nearest_names(problems.unexpected[0].split(' ')[0], dict(named_layers(root)))}"
     if problems and (strict or not fitting):
         hint = f"; adapter {config.name!r} is on the model already: name= loads beside it" if present else ""
         raise ConvLoRAError(f"load: {complaint}{hint}")
@@ -265,7 +264,7 @@ def _kind_of_number(tensor: Tensor) -> tuple[bool, bool]:
 
 def _match(root: nn.Module, loaded: Adapter, swap: str | None) -> tuple[dict[str, nn.Module], Problems]:
     """File path -> layer for the layers that fit, and what does not; `swap`: the adapter to be overwritten."""
-    modules = dict(root.named_modules(remove_duplicate=False))
+    modules = dict(named_layers(root))
     fitting: dict[str, nn.Module] = {}
     taken: set[int] = set()
     problems = Problems()
@@ -350,7 +349,7 @@ def merged_state_dict(model: nn.Module, names: Names | None = None) -> dict[str,
     root = require_adapters(model, "merged_state_dict")
     refuse_sharded(root, "merged_state_dict")
     refuse_stacked(root, "merged_state_dict")
-    brought = {f"{tensor_key(path, CHILD)}." for path in adapted_paths(root)}
+    brought = {f"{path}." for path in brought_paths(root)}
     state = root.state_dict()
     kept = OrderedDict((key, v) for key, v in state.items() if not any(key.startswith(start) for start in brought))
     metadata = getattr(state, "_metadata", {})
