@@ -16,6 +16,7 @@ from convlora.config import Target
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import PROJECTIONS
 from convlora.layer.adapted import CHILD, peek_base_tensor, why_not
+from convlora.layer.loading import AdapterTensors
 from convlora.layer.projection import Projection
 
 V = TypeVar("V")
@@ -57,7 +58,7 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _projections_of(module: nn.Module) -> list[Projection]:
     found: list[Projection] = []
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule | AdapterTensors):
         return found
     for name in PROJECTIONS:
         held, there = f"{name}_weight", module._modules.get(name)
