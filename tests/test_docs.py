@@ -12,6 +12,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,7 @@ import convlora
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
-    *("README.md", "SECURITY.md", "docs/api.md", "docs/versions.md"),
+    *("README.md", "SECURITY.md", "docs/api.md", "docs/other_code.md", "docs/versions.md"),
     *("benchmarks/README.md", "examples/weights/README.md"),
 ]
 MODULES = [
@@ -131,6 +132,17 @@ def test_every_public_function_says_what_it_does_and_shows_it() -> None:
         module, _, attribute = name.rpartition(".")
         doc = inspect.getdoc(getattr(importlib.import_module(module), attribute)) or ""
         assert "Example:" in doc or attribute == "Distilled", name
+
+
+@pytest.mark.parametrize("page", ["other_code"])
+def test_the_code_of_a_page_runs_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    with warnings.catch_warnings():
+        for code in blocks:
+            exec(code, names)
 
 
 # --- dependencies ------------------------------------------------------------------------------------------------

@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
@@ -133,6 +135,13 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
     return _rebuild_by, (self._convlora_base, self._convlora_shape, rebuild, *args), *state
 
 
+class _Computing(threading.local):
+    layers: tuple[nn.Module, ...] = ()  # which the forward that this thread is in computes with, and never writes to
+
+
+_computing = _Computing()
+
+
 def _reset_parameters(self: Any) -> None:
     """Reset the base layer: its own method writes to `weight`, which is a temporary while an adapter acts."""
     _reset_base(self, self._convlora_base.reset_parameters)
@@ -154,6 +163,9 @@ def _reset_base(self: Any, reset: Callable[[Any], None]) -> None:
             slot.active = active
 
 
+_UNDER_FSDP = "under FSDP the effective weight cannot be formed; shard by fully_shard (FSDP2)"
+
+
 class _MissingError(AttributeError):
     """The base has no such attribute (now), so `hasattr` is to say no."""
 
@@ -161,17 +173,21 @@ class _MissingError(AttributeError):
 def _property(kind: str) -> property:
     def read(self: Any) -> Any:
         try:
-            base = base_tensor(self, kind)
-            if (base is None and not slot_of(self).has_copies) or is_sharded(
-                base
-            ):  # sharded: whole only inside FSDP2's forward
+            slot, base = slot_of(self), base_tensor(self, kind)
+            if (base is None and not slot.has_copies) or is_sharded(base):  # sharded: whole only inside FSDP2's forward
                 return base
-            value = _effective(self, base, kind, self.training)
+            value = _effective(self, kind, base, self.training)
             if _on_read is not None:
                 if (projection := _projection_of(self, kind)) is not None:
                     _on_read(projection, PROJECTED[kind][1], value)
                 _on_read(self, kind, value)
-            return value
+            slots = _slots_of(self, kind)
+            is_chosen = any(slot.active or slot.choices for slot in slots)
+            if not is_chosen or torch.compiler.is_compiling() or self in _computing.layers:
+                return value
+            slot._last_read[kind] = base
+            # what others write into it does not act
+            return value.clone() if any(slot._keeps(value) for slot in slots) else value
         except _MissingError:
             raise
         except AttributeError as error:
@@ -179,8 +195,7 @@ def _property(kind: str) -> property:
             raise RuntimeError(f"{type(self).__name__}.{kind} cannot be formed: {error}") from error
         except RuntimeError as error:
             if is_managed(self):  # FSDP1, which sets the parameters of a module by other ways than its attributes
-                message = "under FSDP the effective weight cannot be formed; shard by fully_shard (FSDP2)"
-                raise ConvLoRAError(f"{type(self).__name__}.{kind}: {message}") from error
+                raise ConvLoRAError(f"{type(self).__name__}.{kind}: {_UNDER_FSDP}") from error
             raise
 
     def write(self: Any, value: Any) -> None:
@@ -196,13 +211,13 @@ def _property(kind: str) -> property:
     return property(read, write, delete, f"The effective {kind}: the base's with the active adapters.")
 
 
-def _effective(module: Any, base: Any, kind: str, training: bool = False) -> Any:
+def _effective(module: Any, kind: str, base: Any, training: bool = False) -> Any:
     """A tensor of a module with what its own adapters have of it, and those of the projection that it belongs to."""
     value = slot_of(module).effective(base, kind, training)
     projection = _projection_of(module, kind)
-    if projection is None or value is None:
-        return value
-    return slot_of(projection).effective(value, PROJECTED[kind][1], training)
+    if projection is not None and value is not None:
+        value = slot_of(projection).effective(value, PROJECTED[kind][1], training)
+    return _pruned(module, kind, base, value)
 
 
 def _projection_of(module: Any, kind: str) -> Projection | None:
@@ -211,6 +226,12 @@ def _projection_of(module: Any, kind: str) -> Projection | None:
         return None
     child = module._modules.get(PROJECTED[kind][0])
     return child if isinstance(child, Projection) else None
+
+
+def _slots_of(module: Any, kind: str) -> tuple[Slot, ...]:
+    """The slots with what adapters have for a tensor of a module."""
+    projection = _projection_of(module, kind)
+    return (slot_of(module),) if projection is None else (slot_of(module), slot_of(projection))
 
 
 def base_tensor(layer: nn.Module, kind: str) -> Any:
@@ -259,7 +280,20 @@ def effective_names(module: Any) -> tuple[str, ...]:
 def effective_tensor(module: nn.Module, kind: str) -> Any:
     """A tensor with the adapters that act for the caller, as in eval mode, looked at without effects."""
     with without_side_effects(module, kind):
-        return _effective(module, base_tensor(module, kind), kind)
+        return _effective(module, kind, base_tensor(module, kind))
+
+
+def _pruned(module: nn.Module, kind: str, base: Any, value: Any) -> Any:
+    """The zeros of a mask of `torch.nn.utils.prune` stay zero."""
+    if value is base or kind in module._parameters or pruning_of(module, kind) is None:
+        return value
+    return value * module._buffers[f"{kind}_mask"]
+
+
+def pruning_of(module: nn.Module, kind: str) -> BasePruningMethod | None:
+    """How a tensor is pruned; None if it is not."""
+    hooks = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, BasePruningMethod))
+    return next((hook for hook in hooks if hook._tensor_name == kind), None)
 
 
 def slot_of(layer: Any) -> Slot:
@@ -280,6 +314,9 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
             "__new__": _new,
             "__reduce_ex__": _reduce_ex,
             "__setattr__": _setattr,
+            "__delattr__": _delattr,
+            "__prepare_scriptable__": _refuse_script,
+            "register_parameter": _register_parameter,
             "_load_from_state_dict": _load_from_state_dict,
             **{name: _property(name) for name in names},
             "_convlora_base": base,
@@ -295,6 +332,8 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
             body["training"] = property(_reads_training, _writes_training)
         if base.forward in _STOCK:
             body["forward"] = _forward(base)
+        elif base.forward is nn.MultiheadAttention.forward:
+            body["forward"] = _attention_forward(base)
         made = type(base)(  # type: ignore[misc]
             f"Adapted{base.__name__}", (base, Adapted), body
         )  # base first: it decides the memory layout
@@ -307,11 +346,51 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
 def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
     """A base checkpoint that comes after `inject` reaches the copies, too, while nothing was trained."""
     slot = slot_of(self)
-    with choosing([slot], Choice({})):  # what `assign=True` assigns is the base's
+    slots = [slot, *(slot_of(projection) for projection in projections_on(self))]
+    with choosing(slots, Choice({})):  # what `assign=True` assigns is the base's
         self._convlora_base._load_from_state_dict(self, state_dict, prefix, *rest)
     for name, copies in slot.copies().items():
         if not any(key.startswith(f"{prefix}{CHILD}.{name}.") for key in state_dict):
             copies.follow_base(own_tensors(self))
+
+
+def _register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
+    """Assignment ends here. What acts on a tensor would act on the new one again if that was made from what is read."""
+    for kind in effective_names(self):
+        if name == kind or name.startswith(f"{kind}_"):  # `weight_g` and the like come with a norm
+            _refuse_to_replace(self, kind, name, param)
+    self._convlora_base.register_parameter(self, name, param)
+
+
+def _delattr(self: Any, name: str) -> None:
+    if name in effective_names(self) and name in self._parameters:
+        _refuse_to_replace(self, name, name, None)
+    self._convlora_base.__delattr__(self, name)
+
+
+def _refuse_to_replace(self: Any, kind: str, name: str, value: Any) -> None:
+    if not any(slot.acting() for slot in _slots_of(self, kind)):
+        return
+    if kind in self._parameters:
+        present = self._parameters[kind]
+        if is_sharded(present) or is_sharded(value):  # by FSDP2
+            return
+    elif name == kind or kind in self.__dict__:
+        return  # a norm is taken off, and leaves the base's value
+    elif (base := slot_of(self)._last_read.get(kind)) is not None:
+        self._parameters[kind] = base  # a norm that is put on has deleted it
+    if is_managed(self):
+        raise ConvLoRAError(f"{class_name(self)}.{name}: {_UNDER_FSDP}")
+    raise ConvLoRAError(
+        f"{class_name(self)}.{name} cannot be set while adapters act on the layer, since they would count twice:"
+        " merge(model) and remove(model) first, or activate(model, []) to change the base"
+    )
+
+
+def _refuse_script(self: Any) -> Any:
+    raise ConvLoRAError(
+        "torch.jit.script takes plain layers: merge(model) and remove(model) first (torch.jit.trace takes adapted ones)"
+    )
 
 
 def _setattr(self: Any, name: str, value: Any) -> None:
@@ -344,7 +423,29 @@ def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
             output = form(self, slot, input)
             if output is not None:
                 return output
-        return plain(self, input, *more)
+        if not (slot.active or slot.choices) or torch.compiler.is_compiling():
+            return plain(self, input, *more)
+        before, _computing.layers = _computing.layers, (self,)
+        try:
+            return plain(self, input, *more)
+        finally:
+            _computing.layers = before
+
+    return functools.wraps(plain)(forward)
+
+
+def _attention_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of `nn.MultiheadAttention`, which computes with its own tensors and those of its `out_proj`."""
+    plain = base.forward
+
+    def forward(self: Any, *args: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return plain(self, *args, **named)
+        before, _computing.layers = _computing.layers, (self, self.out_proj)
+        try:
+            return plain(self, *args, **named)
+        finally:
+            _computing.layers = before
 
     return functools.wraps(plain)(forward)
 

@@ -43,9 +43,10 @@ class Slot(nn.Module):
         self._exact = False
         self._before_merge: dict[str, float] | None = None
         self._fused: dict[str, _Fused | None] = {}
+        self._last_read: dict[str, Tensor] = {}  # the base tensors of which others have read the effective ones
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_fused": {}}
+        state = {**self.__dict__, "_fused": {}, "_last_read": {}}
         state.pop("choices", None)  # are those of callers, who do not know the copy
         return state
 
@@ -321,6 +322,10 @@ class Slot(nn.Module):
             self._fused[key] = formed
         return formed
 
+    def _keeps(self, value: Tensor) -> bool:
+        """Whether a tensor is one that later calls compute with."""
+        return any(formed is not None and formed.value is value for formed in self._fused.values())
+
     def swap(self, name: str, factors: Mapping[str, Tensor], config: AdapterConfig, alpha: float) -> None:
         """Make an adapter that of another file with the same shapes, in place."""
         low_rank = self.low_rank(name)
@@ -350,10 +355,12 @@ class Slot(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._fused.clear()
+        self._last_read.clear()
         super()._load_from_state_dict(*arguments)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
         self._fused.clear()
+        self._last_read.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from convlora.adapter.parts import tensor_key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
-from convlora.layer.adapted import declare_shape, effective_names, effective_tensor, peek_base_tensor
+from convlora.layer.adapted import declare_shape, effective_names, effective_tensor, peek_base_tensor, pruning_of
 from convlora.layer.copies import own_tensors
+from convlora.model.norms import keeping_step, plain_step
 from convlora.model.traversal import base_modules
 
 
-def plan_baking(root: nn.Module, merged: Sequence[nn.Module]) -> list[Callable[[], None]]:
-    """How the merged values get into the plain modules; to be carried out once the modules are plain."""
+def plan_baking(root: nn.Module, merged: Sequence[nn.Module], norms: str = "bake") -> list[Callable[[], None]]:
+    """How the merged values get into the plain modules; to be carried out once the modules are plain.
+
+    `norms`: those that compute a weight go ("bake"), or stay and are to give the merged values ("keep").
+    """
     owners = Counter(id(t) for _, module in base_modules(root) for t in own_tensors(module).values())
     values: dict[int, list[tuple[nn.Module, str, Any, Tensor]]] = {}  # by base tensor
     for module in merged:
@@ -41,50 +45,37 @@ def plan_baking(root: nn.Module, merged: Sequence[nn.Module]) -> list[Callable[[
             elif kind in module._parameters:
                 steps.append(_set(module, kind, value, base is not None and base.requires_grad))
                 untied += base is not None
+            elif norms == "keep":
+                steps.append(_keep_norm(root, module, kind, value))
             else:
-                steps.append(_bare(module, kind, value))
-                baked += 1
+                steps.append(plain_step(module, kind, value))
+                baked += pruning_of(module, kind) is None
     if untied:
         warnings.warn(
             f"remove: {untied} shared Parameters were untied to keep merged values", ConvLoRAWarning, stacklevel=3
         )
     if baked:
         warnings.warn(
-            f"remove: the norm of {baked} weights was baked in to keep merged values", ConvLoRAWarning, stacklevel=3
+            f"remove: the norm of {baked} weights was baked in to keep merged values; norms='keep' leaves it there",
+            ConvLoRAWarning,
+            stacklevel=3,
         )
     return [*steps, *(functools.partial(declare_shape, module) for module in resized)]
+
+
+def _keep_norm(root: nn.Module, module: nn.Module, kind: str, value: Tensor) -> Callable[[], None]:
+    step = keeping_step(module, kind, value)
+    if step is None:
+        path = next(path for path, other in base_modules(root) if other is module)
+        raise ConvLoRAError(
+            f"remove: what computes '{tensor_key(path, kind)}' cannot give the merged values exactly; norms='bake'"
+        )
+    return step
 
 
 def _differ(base: Any, value: Tensor) -> bool:
     """Whether a copy is of another shape than the base's tensor, as a head of other classes is."""
     return base is not None and base.shape != value.shape
-
-
-def _bare(layer: nn.Module, kind: str, value: Tensor) -> Callable[[], None]:
-    """A step that takes a norm off a computed weight and leaves a plain Parameter with a value."""
-    hooks = {
-        type(hook).__name__: hook for hook in layer._forward_pre_hooks.values() if getattr(hook, "name", "") == kind
-    }
-
-    def step() -> None:
-        if "WeightNorm" in hooks:
-            nn.utils.remove_weight_norm(layer, kind)
-        elif "SpectralNorm" in hooks:
-            nn.utils.remove_spectral_norm(layer, kind)
-        else:
-            layer.__class__ = _own_class(type(layer))
-            parametrize.remove_parametrizations(layer, kind, leave_parametrized=True)
-        layer._parameters[kind] = nn.Parameter(value)
-
-    if not (hooks.keys() & {"WeightNorm", "SpectralNorm"} or parametrize.is_parametrized(layer, kind)):
-        raise ConvLoRAError(f"remove: {type(layer).__name__} computes its {kind} in an unknown way; unmerge first")
-    return step
-
-
-def _own_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """A copy of a parametrized layer's class: torch takes properties off the class, which copies of the layer share."""
-    body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    return type(kind)(kind.__name__, kind.__bases__, body)  # type: ignore[misc, no-any-return]
 
 
 def _is_one(values: Sequence[Tensor]) -> bool:

@@ -315,22 +315,30 @@ def named_targets(config: AdapterConfig, selected: Sequence[str], root: nn.Modul
     return config.replace(targets=tuple(exact), exclude=())
 
 
-def remove(model: M, name: str | None = None) -> M:
+def remove(model: M, name: str | None = None, *, norms: str = "bake") -> M:
     """Take adapters out: all, or the named one. A layer left with none is exactly what it was before `inject`.
 
     If the model is merged, the merged weights stay in the plain layers. A Parameter shared with another layer is
-    then untied (with a warning), and a weight or spectral norm is baked in (with a warning), since neither could
-    hold the merged values.
+    then untied (with a warning), since it could not hold both.
+
+    Args:
+        norms: of a merged model, what becomes of a weight that its layer computes. "bake": the weight or spectral
+            norm is baked in (with a warning), the mask of `torch.nn.utils.prune` goes and leaves its zeros. "keep":
+            the norm stays, with `v = W` and `g = ‖W‖`, so the original keys load; so do masks, and parametrizations
+            whose `right_inverse` gives the merged weight exactly.
 
     Raises:
         ConvLoRAError: no such adapter; one of several adapters of a merged model; a wrapped model (DDP, FSDP); a
-            layer that a parametrization was put on after `inject`. The model is unchanged then.
+            layer that a parametrization was put on after `inject`; a norm that is to be kept and cannot give the
+            merged values (a spectral norm; a weight norm in half precision). The model is unchanged then.
 
     Example:
         >>> model = inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1)
         >>> type(remove(model)[0]).__name__
         'Conv2d'
     """
+    if norms not in ("bake", "keep"):
+        raise ConvLoRAError(f"remove: norms (={norms!r}) must be 'bake' or 'keep'")
     refuse_wrapped(model, "remove")
     root = unwrap_model(model, "remove")
     if name is None and not adapters(root) and is_frozen(root):
@@ -343,7 +351,7 @@ def remove(model: M, name: str | None = None) -> M:
     going = {module: [n for n in slot_of(module).names() if name in (None, n)] for module in modules}
     if merged and name is not None and len(adapters(root)) > 1:
         raise ConvLoRAError(f"remove: {name!r} is one of several merged adapters; unmerge first")
-    bake = plan_baking(root, merged)  # of all of its adapters, or it would have been refused
+    bake = plan_baking(root, merged, norms)  # of all of its adapters, or it would have been refused
     for module, names in going.items():
         for n in names:
             release(module, n)

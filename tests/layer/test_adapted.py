@@ -172,7 +172,7 @@ def test_error_inside_the_getter_is_not_swallowed() -> None:
 
 
 def test_setting_a_new_parameter_replaces_the_base() -> None:
-    layer = convlora.inject(nn.Conv2d(4, 6, 3), "*", rank=1)
+    layer = convlora.activate(convlora.inject(nn.Conv2d(4, 6, 3), "*", rank=1), [])
     fresh = nn.Parameter(torch.ones(6, 4, 3, 3))
     layer.weight = fresh
     assert layer._parameters["weight"] is fresh

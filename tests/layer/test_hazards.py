@@ -322,7 +322,7 @@ def test_a_callable_that_raises_names_the_layer() -> None:
 
 
 def test_a_layer_parametrized_after_inject_is_one_clear_error(tmp_path: Path) -> None:
-    model = convlora.inject(net(), "0", rank=1)
+    model = convlora.activate(convlora.inject(net(), "0", rank=1), [])
     nn.utils.parametrizations.weight_norm(model[0])
     for call in (convlora.adapter, convlora.merge, convlora.remove):
         with pytest.raises(convlora.ConvLoRAError, match="parametrized after inject"):

@@ -302,7 +302,7 @@ def test_whole_injected_model_loads_in_a_fresh_process(tmp_path: Path) -> None:
 
 
 def test_remove_refuses_a_parametrization_put_on_later() -> None:
-    model = convlora.inject(net(), "0", rank=1)
+    model = convlora.activate(convlora.inject(net(), "0", rank=1), [])
     nn.utils.parametrizations.weight_norm(model[0], "bias")
     with pytest.raises(convlora.ConvLoRAError, match="'0' was parametrized after inject"):
         convlora.remove(model)
