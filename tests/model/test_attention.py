@@ -663,6 +663,58 @@ def test_a_norm_on_the_weight_stays_and_is_baked_in_at_the_end() -> None:
     assert snapshot(convlora.remove(convlora.inject(back, "*", rank=2))) == before
 
 
+def test_a_mask_on_the_weight_keeps_its_zeros() -> None:
+    base = CASES["batch first"].base()
+    nn.utils.prune.l1_unstructured(base.attn, "in_proj_weight", 0.5)
+    zeros = base.attn.in_proj_weight == 0  # type: ignore[union-attr]
+    model, x = randomise(convlora.inject(base, "*", rank=2)).eval(), CASES["batch first"].batch()
+    live = output(model, x)
+    assert bool((model.attn.in_proj_weight == 0)[zeros].all())
+    assert not torch.equal(model.attn.in_proj_weight, model.attn.__dict__["in_proj_weight"])
+    assert torch.equal(output(convlora.merge(model), x), live)
+    assert torch.equal(output(convlora.remove(model), x), live)
+    assert bool((model.attn.in_proj_weight == 0)[zeros].all())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_others_write_does_not_act_and_assignment_is_refused(merged: bool) -> None:
+    case = CASES["batch first"]
+    model, x = trained("batch first"), case.batch()
+    live, full = output(model, x), bits(model)
+    if merged:
+        convlora.merge(model)
+    attn: Any = model.attn
+    with torch.no_grad():
+        nn.init.zeros_(attn.in_proj_weight)
+        attn.in_proj_bias.data.zero_()
+        attn.out_proj.weight.zero_()
+    assert torch.equal(output(model, x), live)
+    with pytest.raises(ConvLoRAError, match=r"MultiheadAttention.in_proj_weight cannot be set while adapters act"):
+        attn.in_proj_weight = nn.Parameter(attn.in_proj_weight.detach())
+    with pytest.raises(ConvLoRAError, match="cannot be set while adapters act"):
+        nn.utils.parametrizations.weight_norm(attn, "in_proj_weight")
+    assert bits(model) == full
+    assert torch.equal(output(model, x), live)
+    convlora.activate(model, [])
+    attn.in_proj_weight = nn.Parameter(torch.zeros(48, 16))
+    assert not model.state_dict()["attn.in_proj_weight"].any()
+    convlora.activate(model, "default")
+    model.load_state_dict(case.base().state_dict(), strict=True, assign=True)
+    assert torch.equal(output(model, x), live)
+
+
+def test_its_own_forward_reads_what_is_kept_without_copying(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = trained("batch first"), CASES["batch first"].batch()
+    output(model, x)
+    kept = slot_of(model.attn.in_proj)._fused["weight"].value  # type: ignore[union-attr]
+    read: list[Tensor] = []
+    plain = torch._native_multi_head_attention
+    monkeypatch.setattr(torch, "_native_multi_head_attention", lambda *args: (read.append(args[5]), plain(*args))[1])
+    output(model, x)
+    assert read[0] is kept
+    assert model.attn.in_proj_weight is not kept
+
+
 # --- with copies -------------------------------------------------------------------------------------------------
 
 
