@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lives import base_bits, output
-from oracle import bits, randomise, snapshot
+from oracle import TORCH, bits, randomise, snapshot
+from processes import in_processes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -842,3 +844,38 @@ def test_features_of_an_attention_are_taken_as_before() -> None:
         assert find_taps(model, pattern) == find_taps(base, pattern)
     distiller = convlora.distill.Distiller(randomise(model), ["attn[0]"], loss="mse")
     assert distiller(CASES["batch first"].batch()).loss > 0
+
+
+# --- several processes -------------------------------------------------------------------------------------------
+
+
+def _gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model(x).square().mean().backward()
+    found = [p.grad for p in convlora.parameters(model)]
+    return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found]  # type: ignore[misc]
+
+
+def _of_each(rank: int, folder: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for name in ("batch first", "separate", "encoder", "own, the model itself"):
+        x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(5))
+        expected = _gradients(trained(name, bias=False), x)
+        ddp = nn.parallel.DistributedDataParallel(trained(name, bias=False))
+        sharded = trained(name, bias=False)
+        mesh = dist.init_device_mesh("cpu", (2,))
+        for module in list(sharded.modules()):
+            if isinstance(module, nn.MultiheadAttention):
+                fully_shard(module, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        for model in (ddp, sharded):
+            found = _gradients(model, x[rank : rank + 1])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+        convlora.save(sharded, f"{folder}/{name}.safetensors")
+        loaded = convlora.load(CASES[name].base(), f"{folder}/{name}.safetensors")
+        torch.testing.assert_close(output(loaded, x), output(trained(name, bias=False), x))
+
+
+@pytest.mark.skipif(TORCH < (2, 7) or TORCH == (2, 8), reason="there fully_shard cannot run, or sums, on the CPU")
+def test_projections_train_in_several_processes(tmp_path: Path) -> None:
+    in_processes(tmp_path, _of_each, str(tmp_path))
