@@ -140,7 +140,8 @@ def write(
             (`lycoris`; kohya's scripts: `lora_unet`, …).
         alpha: for loralib, the one `lora_alpha` that all layers are to be built with; factors are rescaled to it.
         base: the state dict of the base, for PEFT, which saves whole modules: running statistics without the weight
-            and bias beside them get those of the base.
+            and bias beside them get those of the base. PEFT adapts `nn.MultiheadAttention` as a whole: it also tells
+            that a layer `out_proj` is of one, where the adapter has no `in_proj` beside it.
         overwrite: whether to replace what is there.
 
     Raises:

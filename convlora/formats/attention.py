@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convlora.adapter.parts import BIAS_DELTA, LayerFactors
+from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
 
 OUT, IN = "out_proj", "in_proj"
@@ -31,19 +32,26 @@ def attention_of(path: str) -> str:
 
 
 def from_peft(layers: Mapping[str, LayerFactors]) -> dict[str, LayerFactors]:
-    """The layers of this library for those of PEFT."""
+    """The layers of this library for those of PEFT.
+
+    Raises:
+        ConvLoRAError: two of them would be one.
+    """
     attentions = {attention_of(path) for path in layers if path.endswith(INNER)}
-    placed = {}
+    placed: dict[str, LayerFactors] = {}
     for path, layer in layers.items():
         attention = attention_of(path)
         if path != attention:
-            placed[f"{attention}.{OUT}"] = replace(layer, alpha=layer.alpha * TIMES)
+            place, layer = f"{attention}.{OUT}", replace(layer, alpha=layer.alpha * TIMES)
         elif path in attentions:
             tensors = {name: tensor for name, tensor in layer.tensors.items() if name != BIAS_DELTA}
             spec = replace(layer.spec, in_parent=True)
-            placed[f"{path}.{IN}"] = replace(layer, tensors=tensors, spec=spec)
+            place, layer = f"{path}.{IN}", replace(layer, tensors=tensors, spec=spec)
         else:
-            placed[path] = layer
+            place = path
+        if place in placed:
+            raise ConvLoRAError(f"'{place}' has factors of its own and, of '{attention}', those of an attention")
+        placed[place] = layer
     return placed
 
 

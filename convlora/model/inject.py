@@ -98,6 +98,10 @@ def inject(
     Each layer then computes with `W + Σ strength·scale·ΔW`; ΔW starts at zero, so the output stays bitwise what it
     was. Adapters that are there stay active. For the arguments see `AdapterConfig`; `config=` replaces them all.
 
+    The projections that `nn.MultiheadAttention` holds itself are layers, too: `attn.in_proj_weight` is the weight of
+    `attn.in_proj`, and where keys or values have another width, those of `attn.q_proj`, `attn.k_proj` and
+    `attn.v_proj`, which have no bias of their own.
+
     Raises:
         ConvLoRAError: a target selects nothing or names what cannot be adapted, the name is taken, the model is
             merged or already wrapped (DDP, FSDP). The model is unchanged then.

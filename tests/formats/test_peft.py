@@ -628,3 +628,14 @@ def test_a_linear_that_is_called_as_a_projection_stays_one(tmp_path: Path, peft:
     model = from_pretrained(peft, nn.Sequential(OrderedDict(mixer=copy.deepcopy(base))), tmp_path).eval()
     with torch.no_grad():
         assert distance(nets.output(nn.Sequential(OrderedDict(mixer=base)), adapter, x), model(x)) < 1e-6
+
+
+def test_an_attention_beside_a_layer_of_its_name_is_refused(tmp_path: Path) -> None:
+    base, _ = attending(Attending)
+    formats.write(nets.adapter(base), tmp_path, "peft")
+    tensors = load_file(tmp_path / peft_format.WEIGHTS)
+    for name in [name for name in tensors if ".base_layer." in name]:
+        tensors[name.replace(".base_layer.", ".")] = tensors[name].clone()
+    save_file(tensors, tmp_path / peft_format.WEIGHTS)
+    with pytest.raises(ConvLoRAError, match=r"'attn.out_proj' has factors of its own and, of 'attn"):
+        formats.read(tmp_path)
