@@ -302,7 +302,7 @@ class Slot(nn.Module):
         formed = self._fused.get(key)
         if formed is not None and formed.stands_on(base) and formed.is_of(acting) and formed.has_values():
             return formed.value
-        keeps_version = isinstance(base, nn.Parameter) and not base.is_inference()
+        keeps_version = isinstance(base, nn.Parameter) and _is_lasting(base)
         if (
             base.device.type != "cpu"
             or not keeps_version
