@@ -38,6 +38,6 @@ class ConvLoRAFactors(ProductFactors):
         return factors["lora_B"] @ factors["lora_A"]
 
     def chain(self, factors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor] | None:
-        if math.prod(spec.kernel) > 1 or spec.groups > 1 or spec.transposed:
+        if math.prod(spec.kernel) > 1 or spec.groups > 1:
             return None
         return as_layer_weights(factors, spec)

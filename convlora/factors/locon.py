@@ -33,6 +33,6 @@ class LoConFactors(ProductFactors):
         return factors["lora_B"].flatten(1) @ factors["lora_A"].flatten(1)
 
     def chain(self, factors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor] | None:
-        if spec.groups > 1 or spec.transposed:
+        if spec.groups > 1:
             return None
         return as_layer_weights(factors, spec)

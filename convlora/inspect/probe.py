@@ -34,7 +34,9 @@ class _Probe(LowRank):
         self.zero = zero.expand(self.spec.shape).requires_grad_()
         return self.zero
 
-    def forward(self, kind: str = "weight", dropout: bool = True, strength: float | None = None) -> Tensor:
+    def forward(
+        self, kind: str = "weight", dropout: bool | Tensor | None = True, strength: float | None = None
+    ) -> Tensor:
         return self.zero
 
 

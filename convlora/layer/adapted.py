@@ -6,6 +6,9 @@ reads as that copy. The module's `__dict__` stays as it was, but for one child m
 keys, `isinstance`, user subclasses with their own forward and code that reads `.weight` all keep working, code that
 writes into what it has read (BatchNorm's statistics) writes into the copy, and taking the child away restores the
 module exactly.
+
+An attention that holds its projections' weights itself becomes adapted with them: it reads `in_proj_weight` as what the
+factors of its child `in_proj` (projection.py) make of it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
+from convlora.layer.again import computing, derived, forms_again, without_keeping
 from convlora.layer.context import Choice, choosing
 from convlora.layer.copies import own_tensors
 from convlora.layer.forms import training_form_of
@@ -135,13 +138,6 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
     return _rebuild_by, (self._convlora_base, self._convlora_shape, rebuild, *args), *state
 
 
-class _Computing(threading.local):
-    layers: tuple[nn.Module, ...] = ()  # which the forward that this thread is in computes with, and never writes to
-
-
-_computing = _Computing()
-
-
 def _reset_parameters(self: Any) -> None:
     """Reset the base layer: its own method writes to `weight`, which is a temporary while an adapter acts."""
     _reset_base(self, self._convlora_base.reset_parameters)
@@ -182,9 +178,10 @@ def _property(kind: str) -> property:
                     _on_read(projection, PROJECTED[kind][1], value)
                 _on_read(self, kind, value)
             slots = _slots_of(self, kind)
-            is_chosen = any(slot.active or slot.choices for slot in slots)
-            if not is_chosen or torch.compiler.is_compiling() or self in _computing.layers:
+            if not any(slot.active or slot.choices for slot in slots) or torch.compiler.is_compiling():
                 return value
+            if slot in computing.slots:  # the layer itself
+                return value if computing.formed is None else _as_computed(self, value)
             slot._last_read[kind] = base
             # what others write into it does not act
             return value.clone() if any(slot._keeps(value) for slot in slots) else value
@@ -287,7 +284,8 @@ def _pruned(module: nn.Module, kind: str, base: Any, value: Any) -> Any:
     """The zeros of a mask of `torch.nn.utils.prune` stay zero."""
     if value is base or kind in module._parameters or pruning_of(module, kind) is None:
         return value
-    return value * module._buffers[f"{kind}_mask"]
+    mask: Any = module._buffers[f"{kind}_mask"]
+    return derived(value, lambda dense: dense * mask)
 
 
 def pruning_of(module: nn.Module, kind: str) -> BasePruningMethod | None:
@@ -332,8 +330,10 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
             body["training"] = property(_reads_training, _writes_training)
         if base.forward in _STOCK:
             body["forward"] = _forward(base)
-        elif base.forward is nn.MultiheadAttention.forward:
+        elif base.forward is nn.MultiheadAttention.forward or not PROJECTED.keys().isdisjoint(names):
             body["forward"] = _attention_forward(base)
+        elif issubclass(base, _BASES):
+            body["forward"] = _own_forward(base)
         made = type(base)(  # type: ignore[misc]
             f"Adapted{base.__name__}", (base, Adapted), body
         )  # base first: it decides the memory layout
@@ -419,35 +419,64 @@ def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
         if slot.choices and not torch.compiler.is_compiling() and (rows := slot.sample_rows()) is not None:
             least_dims = 2 if isinstance(self, nn.Linear) else len(self.kernel_size) + 2
             return slot.by_rows(rows, lambda part: plain(self, part, *more), input, least_dims)
-        if form is not None and torch.is_grad_enabled() and _on_read is None and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not (slot.active or slot.choices):
+            return plain(self, input, *more)
+        if form is not None and torch.is_grad_enabled() and _on_read is None:
             output = form(self, slot, input)
             if output is not None:
                 return output
-        if not (slot.active or slot.choices) or torch.compiler.is_compiling():
-            return plain(self, input, *more)
-        before, _computing.layers = _computing.layers, (self,)
+        if forms_again() and not slot.merged:
+            return without_keeping((slot,), lambda: plain(self, input, *more))
+        before, computing.slots = computing.slots, (slot,)
         try:
             return plain(self, input, *more)
         finally:
-            _computing.layers = before
+            computing.slots = before
+
+    return functools.wraps(plain)(forward)
+
+
+def _own_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class of the user's: autograd keeps no weight that was formed for it."""
+    plain = base.forward
+
+    def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        slot = slot_of(self)
+        if torch.compiler.is_compiling() or slot.merged or not (slot.active or slot.choices) or not forms_again():
+            return plain(self, *arguments, **keywords)
+        return without_keeping((slot,), lambda: plain(self, *arguments, **keywords))
 
     return functools.wraps(plain)(forward)
 
 
 def _attention_forward(base: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of `nn.MultiheadAttention`, which computes with its own tensors and those of its `out_proj`."""
-    plain = base.forward
+    """The forward of a module that computes with tensors of projections, and with those of an `out_proj` of its own."""
+    plain, is_stock = base.forward, base.forward is nn.MultiheadAttention.forward
 
-    def forward(self: Any, *args: Any, **named: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return plain(self, *args, **named)
-        before, _computing.layers = _computing.layers, (self, self.out_proj)
+    def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        slot, out = slot_of(self), self._modules.get("out_proj")
+        slots = (slot, *map(slot_of, (*projections_on(self), *([out] if isinstance(out, Adapted) else []))))
+        if torch.compiler.is_compiling() or not any(slot.active or slot.choices for slot in slots):
+            return plain(self, *arguments, **keywords)
+        if forms_again() and not slot.merged:
+            return without_keeping(slots, lambda: plain(self, *arguments, **keywords))
+        before, computing.slots = computing.slots, slots if is_stock else computing.slots
         try:
-            return plain(self, *args, **named)
+            return plain(self, *arguments, **keywords)
         finally:
-            _computing.layers = before
+            computing.slots = before
 
     return functools.wraps(plain)(forward)
+
+
+def _as_computed(layer: Any, value: Tensor) -> Tensor:
+    """As autocast is going to cast it, so that it is known which tensor autograd is given to keep."""
+    device = value.device.type
+    if device == "meta" or value.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return value
+    if layer._convlora_base.forward not in (*_STOCK, nn.MultiheadAttention.forward):
+        return value
+    return derived(value, lambda wide: wide.to(torch.get_autocast_dtype(device)))
 
 
 def _new(kind: Any, *args: Any, **keywords: Any) -> nn.Module:

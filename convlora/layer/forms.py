@@ -1,17 +1,18 @@
 """How a layer with one low-rank update computes while it trains: three forms of equal values, chosen by shape.
 
 - The composite, `layer(x; W + s·B∘A)`: the reference, for everything; its backward forms the gradient of all of W.
-- Thin products (thin.py): the same forward, and a backward without that gradient.
-- Two branches, `layer(x; W) + s·B(A(x))`, where the weight is larger than what goes through it: W is not even read.
+- Thin products (thin.py): the same forward, and a backward without that gradient, on a CPU.
+- Two branches, `layer(x; W) + s·B(A(x))`, where the weight is larger than what goes through it, or wide: its gradient
+  would cost more than the branch. W is not even read, and the update is nowhere a matrix.
 
-The last two are for stock `Conv2d` and `Linear` on a CPU whose frozen weight has one active adapter in float32 or
-float64. What needs operations to be looked into (functional transforms, forward-mode derivatives, tracing, compilation)
-gets the composite, and so does autocast, whose half precision would round sums over images. The rule of shapes was
-measured by benchmarks/training_step.py.
+The last two are for stock layers whose frozen weight has one active adapter. What needs operations to be looked into
+(functional transforms, forward-mode derivatives, tracing, compilation) gets the composite. The shapes at which thin
+products win were measured by benchmarks/training_step.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from convlora.layer import thin
+from convlora.layer.again import forms_again, note_formed, without_keeping
 from convlora.layer.lowrank import LowRank
 from convlora.layer.slot import Slot
 from convlora.layer.thin import LowRankUpdate
@@ -30,18 +32,33 @@ from convlora.layer.thin import LowRankUpdate
 LEAST_WORK = 4.5e7
 # Above this share of the smaller side of the weight, thin products cost more than the whole gradient.
 LARGEST_SHARE = 1 / 5
-# Two branches where the weight has more elements than this many times the output's positions.
+# Two branches where the weight has more elements than this many times the output's positions,
 HEAVY = 200
+# or more than this many times the channels that go in and out. The gradient of a weight takes two operations for each
+# element and position, a branch moves some four bytes more for each channel and position, and chips do 100 (float32)
+# to 400 (bfloat16) operations while they move a byte. Reasoned, not measured on a GPU.
+WIDE = 600
 
 Form = Callable[[Any, Slot, Tensor], Tensor | None]
+Layer = Callable[[Tensor, Tensor], Tensor]  # of input and weight
+
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {
+    1: F.conv1d,
+    2: F.conv2d,
+    3: F.conv3d,
+}  # by the number of kernel dimensions
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def training_form_of(kind: Any) -> Form | None:
     """What to try before a layer class's own forward; None if it does not compute as the stock layers do."""
     if kind.forward is nn.Linear.forward:
         return _linear
-    stock = kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
-    return _conv2d if stock else None
+    for stock in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if kind.forward is stock.forward and kind._conv_forward is stock._conv_forward:
+            return _convolution
+    stock_transposed = (nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward)
+    return _transposed if kind.forward in stock_transposed else None
 
 
 def _linear(layer: Any, slot: Slot, x: Tensor) -> Tensor | None:
@@ -50,33 +67,94 @@ def _linear(layer: Any, slot: Slot, x: Tensor) -> Tensor | None:
     if update is None or x.dim() < 2:
         return None
     rows = x.numel() // x.shape[-1]
-    if weight.numel() > HEAVY * rows:
-        low = F.linear(x, update.a.flatten(1))
-        return torch.add(F.linear(x, weight, layer.bias), F.linear(low, update.b.flatten(1)), alpha=update.gain)
-    if _is_worth_it(weight, update, rows):
-        return thin.linear(x, weight, layer.bias, update)
-    return None
+    if weight.numel() <= HEAVY * rows:
+        if _takes_thin_products(x, weight, update) and _is_worth_it(weight, update, rows):
+            return thin.linear(x, weight, layer.bias, update)
+        if not _is_wide(weight):
+            return None
+    return _branches(slot, x, update, F.linear(x, weight, layer.bias), F.linear, F.linear)
 
 
-def _conv2d(layer: Any, slot: Slot, x: Tensor) -> Tensor | None:
+def _convolution(layer: Any, slot: Slot, x: Tensor) -> Tensor | None:
     weight = layer._parameters.get("weight")
     update = _update(slot, x, weight)
-    if update is None or x.dim() != 4 or layer.groups != 1:
+    if update is None or x.dim() != weight.dim() or layer.groups != 1:
         return None
-    positions = x.numel() // x.shape[1] // (layer.stride[0] * layer.stride[1])
-    if weight.numel() > HEAVY * positions:
-        low = layer._conv_forward(x, update.a, None)
-        return torch.add(layer._conv_forward(x, weight, layer.bias), F.conv2d(low, update.b), alpha=update.gain)
-    padding = _padding(layer)
-    if layer.stride != (1, 1) or padding is None or not _is_worth_it(weight, update, positions):
+    positions, padding = _positions(layer, x), layer.padding
+    heavy, thin_padding = weight.numel() > HEAVY * positions, _thin_padding(layer, x, weight, update)
+    thin_wins = not heavy and thin_padding is not None and _is_worth_it(weight, update, positions)
+    if not (heavy or thin_wins or _is_wide(weight)):
         return None
     if layer.padding_mode != "zeros":
-        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, layer.padding_mode), (0, 0)
-    return thin.conv2d(x, weight, layer.bias, update, padding, layer.dilation)
+        x, padding, thin_padding = F.pad(x, layer._reversed_padding_repeated_twice, layer.padding_mode), 0, (0, 0)
+    if thin_wins:
+        assert thin_padding is not None
+        return thin.conv2d(x, weight, layer.bias, update, thin_padding, layer.dilation)
+    convolve = _CONVOLVE[weight.dim() - 2]
+
+    def thin_layer(x: Tensor, a: Tensor) -> Tensor:
+        return convolve(x, a, None, layer.stride, padding, layer.dilation)
+
+    y = convolve(x, weight, layer.bias, layer.stride, padding, layer.dilation)
+    return _branches(slot, x, update, y, thin_layer, convolve)
 
 
-def _padding(layer: Any) -> tuple[int, int] | None:
-    """The zeros on each side, (rows, columns); None where the sides differ or outputs outnumber inputs."""
+def _transposed(layer: Any, slot: Slot, x: Tensor) -> Tensor | None:
+    weight = layer._parameters.get("weight")
+    update = _update(slot, x, weight)
+    if update is None or x.dim() != weight.dim() or layer.groups != 1 or layer.padding_mode != "zeros":
+        return None
+    if not _is_wide(weight) and weight.numel() <= HEAVY * _positions(layer, x):
+        return None
+    convolve = _TRANSPOSED[weight.dim() - 2]
+    more = layer.stride, layer.padding, layer.output_padding, 1, layer.dilation
+
+    def thin_layer(x: Tensor, a: Tensor) -> Tensor:
+        return convolve(x, a.transpose(0, 1), None, *more)
+
+    y = convolve(x, weight, layer.bias, *more)
+    return _branches(slot, x, update, y, thin_layer, _CONVOLVE[weight.dim() - 2])
+
+
+def _branches(slot: Slot, x: Tensor, update: LowRankUpdate, y: Tensor, a_layer: Layer, b_layer: Layer) -> Tensor:
+    """`y + s·B(A(x))`. A half-precision input meets the factors in theirs, but under autocast, as it does in PEFT."""
+    a, b = update.a, update.b
+    if a_layer is F.linear:
+        a, b = a.flatten(1), b.flatten(1)
+    device = x.device.type
+    if x.dtype == a.dtype or (device != "meta" and torch.is_autocast_enabled(device)):
+        return torch.add(y, b_layer(a_layer(x, a), b), alpha=update.gain)
+    dtype = torch.promote_types(x.dtype, a.dtype)
+
+    def in_precision_of_factors() -> Tensor:
+        wide = x.to(dtype)
+        note_formed(slot, wide, lambda: x.to(dtype), [x])
+        return torch.add(y, b_layer(a_layer(wide, a.to(dtype)), b.to(dtype)), alpha=update.gain).to(y.dtype)
+
+    return without_keeping((slot,), in_precision_of_factors) if forms_again() else in_precision_of_factors()
+
+
+def _positions(layer: Any, x: Tensor) -> int:
+    """Where a convolution meets its weight: of the output, of a transposed one those of the input."""
+    strides = 1 if layer.transposed else math.prod(layer.stride)
+    return x.numel() // (x.shape[1] * strides)
+
+
+def _is_wide(weight: Tensor) -> bool:
+    return weight.numel() >= WIDE * (weight.shape[0] + weight.shape[1])
+
+
+def _takes_thin_products(x: Tensor, weight: Tensor, update: LowRankUpdate) -> bool:
+    """Half precision, of autocast as well, would round sums over images."""
+    plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.dtype == update.a.dtype
+    return plain and not torch.is_autocast_enabled("cpu")
+
+
+def _thin_padding(layer: Any, x: Tensor, weight: Tensor, update: LowRankUpdate) -> tuple[int, int] | None:
+    """The zeros on each side, (rows, columns), for thin products; None where these do not do: of stride 1 and two
+    dimensions are they alone, and the sides may not differ, nor the outputs outnumber the inputs."""
+    if weight.dim() != 4 or layer.stride != (1, 1) or not _takes_thin_products(x, weight, update):
+        return None
     spans = [dilation * (size - 1) for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
     given = layer.padding
     if isinstance(given, str):
@@ -99,25 +177,29 @@ def _update(slot: Slot, x: Any, weight: Any) -> LowRankUpdate | None:
         type(x) not in _PLAIN
         or type(weight) not in _PLAIN
         or weight.requires_grad
-        or x.device.type != "cpu"
-        or x.dtype not in _WHOLE
-        or x.dtype != weight.dtype
         or x.layout is not torch.strided
-        or torch.is_autocast_enabled("cpu")
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or not _is_one_precision(x, weight)
     ):
         return None
     acting = slot.only_acting()
-    return None if acting is None else _chained(*acting, x.dtype)
+    return None if acting is None else _chained(*acting)
+
+
+def _is_one_precision(x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer takes its input as it is; else the composite gives the error, or autocast sees to it."""
+    if x.dtype == weight.dtype:
+        return True
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype)
 
 
 _PLAIN = (Tensor, nn.Parameter)
-_WHOLE = (torch.float32, torch.float64)
 
 
-def _chained(low_rank: LowRank, strength: float, dtype: torch.dtype) -> LowRankUpdate | None:
+def _chained(low_rank: LowRank, strength: float) -> LowRankUpdate | None:
     """The update as two layers one after the other; None where it is not that, or where calling the module does more:
     dropout draws, hooks (of FSDP2, say) have work to do, a replica of DataParallel has no parameters."""
     chain = getattr(low_rank.factorization, "chain", None)
@@ -126,7 +208,7 @@ def _chained(low_rank: LowRank, strength: float, dtype: torch.dtype) -> LowRankU
     if chain is None or dropping or hooked or type(low_rank) is not LowRank or not low_rank._parameters:
         return None
     factors = chain(low_rank._parameters, low_rank.spec)
-    if factors is None or any(factor.dtype != dtype for factor in factors):
+    if factors is None:
         return None
     a, b = factors
     return LowRankUpdate(a, b, strength * low_rank.scale)

@@ -97,8 +97,16 @@ class LowRank(AdapterTensors):
             if self._bias_gain is not None:
                 self._bias_gain.fill_(strength)
 
-    def forward(self, kind: str = "weight", dropout: bool = True, strength: float | None = None) -> Tensor:
-        """The update at its strength, or at the one given."""
+    def _mask(self) -> Tensor:
+        """Which rank components a call keeps, drawn anew, each weighed so that the mean stays: `(rank,)`."""
+        p = self.config.rank_dropout
+        kept = torch.rand(self.rank, dtype=torch.float32, device=self._gain.device) >= p
+        return kept.to(self._gain.dtype) / (1 - p)
+
+    def forward(
+        self, kind: str = "weight", dropout: bool | Tensor | None = True, strength: float | None = None
+    ) -> Tensor:
+        """The update at its strength, or at the one given. `dropout` may be a `mask` to use."""
         # A compiled graph takes strength and scale from tensors and reads no number that a hot swap changes.
         as_tensor = strength is None and torch.compiler.is_compiling()
         if strength is None and not as_tensor:
@@ -108,10 +116,8 @@ class LowRank(AdapterTensors):
             assert self._bias_gain is not None
             return self.lora_bias * (self._bias_gain if strength is None else strength)
         factors = {name: getattr(self, name) for name in self._tensors}  # no parameters in DataParallel's replicas
-        if dropout and self.drops():
-            p = self.config.rank_dropout
-            kept = torch.rand(self.rank, dtype=torch.float32, device=self._gain.device) >= p
-            keep = kept.to(self._gain.dtype) / (1 - p)
+        if isinstance(dropout, Tensor) or (dropout and self.drops()):
+            keep = dropout if isinstance(dropout, Tensor) else self._mask()
             factors = self.factorization.drop(factors, keep)
         # Eager ones take the number: a backward that comes after another `activate` must not find the tensor changed.
         gain = self._gain if strength is None else strength * self.scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.factors.fuse import difference, fuse_weight, fuse_weight_exactly, mixture
-from convlora.layer.context import chosen, refuse_choice_in_graph
+from convlora.layer.again import computing, note_formed
+from convlora.layer.context import SampleRows, chosen, refuse_choice_in_graph
 from convlora.layer.copies import TensorCopies
 from convlora.layer.loading import AdapterTensors
 from convlora.layer.lowrank import LowRank
-from convlora.layer.rows import SampleRows
 
 State = tuple[dict[str, float], bool, bool, "dict[str, float] | None"]
 Acting = list[tuple[LowRank, "float | None"]]  # adapters by strength; None: as a tensor, in a compiled graph
@@ -217,7 +218,7 @@ class Slot(nn.Module):
             raise ConvLoRAError(f"'{kind}' has another shape than the base's: its copy acts at strength 1 and alone")
         shares = [(entry, strengths[entry.config.name]) for entry in copies]
         if not merged:
-            return self._compose(base, kind, updates, shares, dropout=training)
+            return self._formed(base, kind, updates, shares, training)
         with torch.no_grad():
             return self._compose(base, kind, updates, shares, dropout=False, exact=self._exact)
 
@@ -296,7 +297,7 @@ class Slot(nn.Module):
             return self._compose(base, kind, acting, dropout=training)
         if torch.is_grad_enabled():
             self._fused.clear()
-            return self._compose(base, kind, acting, dropout=training)
+            return self._formed(base, kind, acting, (), training)
         if training and any(low_rank.drops() for low_rank, _ in acting):
             return self._compose(base, kind, acting)
         formed = self._fused.get(key)
@@ -333,6 +334,19 @@ class Slot(nn.Module):
         low_rank.configure(config, alpha)
         self._fused.clear()
 
+    def _formed(
+        self, base: Tensor, kind: str, acting: Acting, copies: Sequence[tuple[TensorCopies, float]], training: bool
+    ) -> Tensor:
+        """The effective tensor in a differentiable call, of which backward forms it again; see again.py."""
+        if self not in computing.slots or not all(_is_repeatable(low_rank) for low_rank, _ in acting):
+            return self._compose(base, kind, acting, copies, dropout=training)
+        masks = [low_rank._mask() if training and low_rank.drops() else None for low_rank, _ in acting]
+        form = functools.partial(self._compose, base, kind, acting, copies, dropout=False, masks=masks)
+        value = form()
+        tensors = [base, *(t for low_rank, _ in acting for t in low_rank.factors().values())]
+        note_formed(self, value, form, [*tensors, *(entry.tensor(kind) for entry, _ in copies)])
+        return value
+
     def _compose(
         self,
         base: Tensor,
@@ -342,16 +356,16 @@ class Slot(nn.Module):
         *,
         dropout: bool = True,
         exact: bool = False,
+        masks: Sequence[Tensor | None] = (),
     ) -> Tensor:
         base, mixed = mixture(base, [(entry.tensor(kind), share) for entry, share in copies], exact)
         if exact:
             return fuse_weight_exactly(base, [*(low_rank.in_float64(kind) for low_rank, _ in acting), *mixed])
-        # Called as modules, so that hooks (FSDP2 unshards in one) run.
         device = base.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return fuse_weight(base, [*(low_rank(kind, dropout, s) for low_rank, s in acting), *mixed])
-        return fuse_weight(base, [*(low_rank(kind, dropout, s) for low_rank, s in acting), *mixed])
+                return fuse_weight(base, [*_updates(kind, acting, dropout, masks), *mixed])
+        return fuse_weight(base, [*_updates(kind, acting, dropout, masks), *mixed])
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._fused.clear()
@@ -363,6 +377,12 @@ class Slot(nn.Module):
         self._last_read.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _updates(kind: str, acting: Acting, dropout: bool, masks: Sequence[Tensor | None]) -> list[Tensor]:
+    """What each adapter adds. Called as modules, so that hooks (FSDP2 unshards in one) run."""
+    drops: Sequence[Tensor | bool | None] = masks or [dropout] * len(acting)
+    return [low_rank(kind, drop, strength) for (low_rank, strength), drop in zip(acting, drops, strict=True)]
 
 
 def _is_lasting(tensor: Tensor) -> bool:

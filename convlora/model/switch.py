@@ -13,9 +13,8 @@ from convlora.config import LARGEST, is_number
 from convlora.errors import ConvLoRAError
 from convlora.factors.fuse import is_finite
 from convlora.layer.adapted import effective_names, effective_tensor, slot_of
-from convlora.layer.context import COMPILED, Choice, choosing
+from convlora.layer.context import COMPILED, Choice, SampleRows, choosing
 from convlora.layer.copies import own_tensors
-from convlora.layer.rows import SampleRows
 from convlora.model.traversal import (
     adapted_modules,
     adapter_slots,

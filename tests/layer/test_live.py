@@ -45,7 +45,7 @@ def test_without_gradients_the_effective_weight_is_formed_once(still: Any, forme
             assert torch.equal(model(x), first)
     assert len(formed) == forms_each
     model(x).sum().backward()
-    assert len(formed) == 2 * forms_each
+    assert len(formed) == 3 * forms_each  # once for forward, once for backward
     assert all(not slot_of(module)._fused for module in model.modules() if isinstance(module, Adapted))
 
 

@@ -665,6 +665,42 @@ def test_a_norm_on_the_weight_stays_and_is_baked_in_at_the_end() -> None:
     assert snapshot(convlora.remove(convlora.inject(back, "*", rank=2))) == before
 
 
+def kept_for_backward(model: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd keeps of a call, beside Parameters and buffers."""
+    owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(t.untyped_storage().nbytes() for name, t in kept.items() if name not in owned)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["batch first", "separate", "bfloat16", "own", "encoder"])
+def test_no_effective_weight_is_kept_for_backward(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    if autocast and (name == "own" or case.dtype is torch.bfloat16):
+        pytest.skip("its own forward may use a weight otherwise than autocast casts it; nothing to cast")
+    model, x = trained(name, bias=False).train(), case.batch().requires_grad_()
+    weights = sum(effective(model)[f"{path}_weight"].nbytes for path in projections(model)) // (2 if autocast else 1)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(x).float().square().mean().backward()
+        return [p.grad.clone() for p in convlora.parameters(model) if p.grad is not None]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        less, formed_again = kept_for_backward(model, x), gradients()
+        monkeypatch.setattr("convlora.layer.adapted.forms_again", lambda: False)
+        more, kept = kept_for_backward(model, x), gradients()
+    assert more - less >= weights
+    assert all(torch.equal(a, b) for a, b in zip(formed_again, kept, strict=True))
+
+
 def test_a_mask_on_the_weight_keeps_its_zeros() -> None:
     base = CASES["batch first"].base()
     nn.utils.prune.l1_unstructured(base.attn, "in_proj_weight", 0.5)
