@@ -53,10 +53,13 @@ def mixture(base: Tensor, copies: Sequence[tuple[Tensor, float]], exact: bool = 
         >>> fuse_weight(start, updates).equal(torch.ones(1) / 3)
         True
     """
-    whole = next((place for place, (_, strength) in enumerate(copies) if strength == 1), None)
-    start = base if whole is None else copies[whole][0]
-    others = (pair for place, pair in enumerate(copies) if place != whole)
-    return start, [difference(base, copy, strength, exact) for copy, strength in others]
+    start, updates = base, []
+    for copy, strength in copies:
+        if strength == 1 and start is base:
+            start = copy
+        else:
+            updates.append(difference(base, copy, strength, exact))
+    return start, updates
 
 
 def difference(base: Tensor, copy: Tensor, strength: float, exact: bool = False) -> Tensor:

@@ -282,7 +282,7 @@ def effective_tensor(module: nn.Module, kind: str) -> Any:
 
 def _pruned(module: nn.Module, kind: str, base: Any, value: Any) -> Any:
     """The zeros of a mask of `torch.nn.utils.prune` stay zero."""
-    if value is base or kind in module._parameters or pruning_of(module, kind) is None:
+    if value is base or kind not in module.__dict__ or pruning_of(module, kind) is None:
         return value
     mask: Any = module._buffers[f"{kind}_mask"]
     return derived(value, lambda dense: dense * mask)
@@ -290,8 +290,10 @@ def _pruned(module: nn.Module, kind: str, base: Any, value: Any) -> Any:
 
 def pruning_of(module: nn.Module, kind: str) -> BasePruningMethod | None:
     """How a tensor is pruned; None if it is not."""
-    hooks = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, BasePruningMethod))
-    return next((hook for hook in hooks if hook._tensor_name == kind), None)
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == kind:
+            return hook
+    return None
 
 
 def slot_of(layer: Any) -> Slot:
@@ -395,7 +397,8 @@ def _refuse_script(self: Any) -> Any:
 
 def _setattr(self: Any, name: str, value: Any) -> None:
     """A module that assigns a buffer, rather than writing into it, moves the copy, too."""
-    if name in self._buffers and isinstance(value, Tensor) and (copies := slot_of(self).own_buffer(name)) is not None:
+    buffers = self.__dict__.get("_buffers", ())  # PyTorch 2.6 exports modules that are made empty
+    if name in buffers and isinstance(value, Tensor) and (copies := slot_of(self).own_buffer(name)) is not None:
         copies._buffers[name] = value
     else:
         self._convlora_base.__setattr__(self, name, value)

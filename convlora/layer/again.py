@@ -56,6 +56,17 @@ def forms_again() -> bool:
     )
 
 
+def keeps_for_backward() -> bool:
+    """Whether a graph that is being compiled has a backward, for which it may keep what the forward forms.
+
+    A compiler decides itself what it keeps; a checkpoint around the forming tells it to form again.
+    """
+    exporting = getattr(torch.compiler, "is_exporting", None)  # from PyTorch 2.7 on
+    return (
+        torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled() and not (exporting is not None and exporting())
+    )
+
+
 def without_keeping(slots: Sequence[object], call: Callable[[], Any]) -> Any:
     """A layer's own forward, of which autograd keeps no tensor that was formed for it."""
     formed: list[tuple[Tensor, Form]] = []

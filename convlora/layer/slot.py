@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.factors.fuse import difference, fuse_weight, fuse_weight_exactly, mixture
-from convlora.layer.again import computing, note_formed
+from convlora.layer.again import computing, keeps_for_backward, note_formed
 from convlora.layer.context import SampleRows, chosen, refuse_choice_in_graph
 from convlora.layer.copies import TensorCopies
 from convlora.layer.loading import AdapterTensors
@@ -261,6 +262,8 @@ class Slot(nn.Module):
         if not acting:
             return base
         if not self.merged:
+            if keeps_for_backward() and not any(low_rank.drops() for low_rank, _ in acting):
+                return checkpoint(self._compose, base, kind, acting, use_reentrant=False, preserve_rng_state=False)
             return self._compose(base, kind, acting)
         formed = None if torch.compiler.is_dynamo_compiling() else self._fused.get(kind)
         if formed is not None and formed.is_fresh():  # an exported graph is a snapshot
