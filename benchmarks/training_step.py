@@ -165,7 +165,7 @@ def form_of(contestant: str) -> AbstractContextManager[Any]:
     """A block in which the library takes the plain composite for every layer, if that is the contestant."""
     if contestant != "composite":
         return nullcontext()
-    return mock.patch.multiple(forms, LEAST_WORK=float("inf"), HEAVY=float("inf"), WIDE=float("inf"))
+    return mock.patch.multiple(forms, **dict.fromkeys(("LEAST_WORK", "HEAVY", "WIDE", "FEW_PATCHES"), float("inf")))
 
 
 FIXED = {"floor": floor, "full": full}

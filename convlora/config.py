@@ -17,6 +17,8 @@ from convlora.support.jsontext import parse_json
 Target: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Sequence[Target]"
 
+CHILD = "convlora"  # the child module's name, so `<layer>.convlora.<adapter>.lora_A` in a full checkpoint
+
 SCALINGS = ("linear", "sqrt")
 STATISTICS = ("adapter", "frozen", "base")
 LARGEST = 1e18  # of an alpha or a strength: products stay within float32
@@ -47,7 +49,8 @@ class AdapterConfig:
         factors: name of the factorization, `"convlora"`, `"locon"` or a registered one.
         name: name of the adapter on the model.
         exclude: what `targets` must not select; same forms.
-        ranks: `{pattern: rank}` per layer, the last matching pattern wins; 0 leaves the layer out.
+        ranks: `{pattern: rank}` per layer, the last matching pattern wins; 0 leaves the layer out, and may be said of
+            a layer that `targets` do not select.
         alphas: `{pattern: alpha}` per layer, likewise.
         rank_scaling: `"linear"` or `"sqrt"`.
         init: how the factors start; `"default"` is Kaiming-uniform A and zero B.

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +14,7 @@ from convlora.factors.base import PROJECTIONS
 from convlora.layer.adapted import CHILD, peek_base_tensor, why_not
 from convlora.layer.loading import AdapterTensors
 from convlora.layer.projection import Projection
-
-V = TypeVar("V")
-_COMPARED = 60  # characters of a name, the last, that `nearest` looks at
-
-
-def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether a pattern selects a dotted name: a glob, from any dot on, or `re:` and a full-match expression.
-
-    Example:
-        >>> pattern_matches("conv1", "layer2.0.conv1"), pattern_matches("block_*.c?_r", "block_1.c3_r")
-        (True, True)
-        >>> pattern_matches(r"re:b\\d", "b12")
-        False
-    """
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    if _is_literal(pattern):
-        return name == pattern or name.endswith(f".{pattern}")
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
+from convlora.support.patterns import checked_match, is_literal, nearest_names
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -90,7 +67,7 @@ def select_layers(
     selected: set[int] = set()
     for target in targets:
         hits = [(name, module) for name, module in named if target_selects(target, name, module, operation)]
-        if isinstance(target, str) and _is_literal(target):
+        if isinstance(target, str) and is_literal(target):
             meant = [hit for hit in hits if hit[0] == target] or hits  # a full name means that layer first
             for name, module in meant:
                 if (reason := reasons[id(module)]) and id(module) not in parts:
@@ -132,7 +109,7 @@ def select_modules(model: nn.Module, targets: Sequence[Target], operation: str, 
     selected: set[int] = set()
     for target in targets:
         hits = [(name, m) for name, m in named if target_selects(target, name, m, operation)]
-        if isinstance(target, str) and _is_literal(target):
+        if isinstance(target, str) and is_literal(target):
             hits = [hit for hit in hits if hit[0] == target] or hits  # a full name means that module first
         if not hits:
             close = f"; {nearest_names(target, [n for n, _ in named if n])}" if isinstance(target, str) else ""
@@ -146,43 +123,6 @@ def select_modules(model: nn.Module, targets: Sequence[Target], operation: str, 
     return modules
 
 
-def values_by_layer(
-    values: Mapping[str, V] | None, default: V, names: Iterable[str], operation: str, field: str
-) -> dict[str, V]:
-    """Layer name -> value by `{pattern: value}`, the last matching pattern wins."""
-    names = list(names)
-    result = dict.fromkeys(names, default)
-    for pattern, value in (values or {}).items():
-        hits = [name for name in names if _guard(pattern_matches, pattern, name, operation)]
-        if not hits:
-            close = nearest_names(pattern, names)
-            raise ConvLoRAError(
-                f"{operation}: {field} pattern '{pattern}' matches none of the selected layers; {close}"
-            )
-        result.update(dict.fromkeys(hits, value))
-    return result
-
-
-def nearest_names(name: str, known: Iterable[str]) -> str:
-    """A clause for an error message: the known names most like a wrong one.
-
-    Example:
-        >>> nearest_names("conv_lsat", ["conv_1", "conv_last"])
-        "nearest: 'conv_last', 'conv_1'"
-    """
-    known = list(known)[:2000]  # comparing takes the square of the length, and names can come from a hostile file
-    # A pattern is compared with as many trailing parts of each name as it has itself.
-    parts = name.count(".") + 1
-    tails = {full: ".".join(full.split(".")[-parts:])[-_COMPARED:] for full in known}
-    matcher = difflib.SequenceMatcher(None, b=name[-_COMPARED:])
-    ratio = {}
-    for full, tail in tails.items():
-        matcher.set_seq1(tail)
-        ratio[full] = matcher.ratio()
-    best = sorted(known, key=lambda full: -ratio[full])[:3]
-    return "nearest: " + ", ".join(repr(full) for full in best) if best else "there is none"
-
-
 def describe_target(target: Target) -> str:
     """A target as error messages show it."""
     return repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
@@ -191,24 +131,13 @@ def describe_target(target: Target) -> str:
 def target_selects(target: Target, name: str, module: nn.Module, operation: str) -> bool:
     """Whether a target of any form selects a module."""
     if isinstance(target, str):
-        return _guard(pattern_matches, target, name, operation)
+        return checked_match(target, name, operation)
     if isinstance(target, type):
         return isinstance(module, target)
     try:
         return bool(target(name, module))
     except Exception as error:
         raise ConvLoRAError(f"{operation}: target {describe_target(target)} fails on '{name}': {error!r}") from error
-
-
-def _guard(match: Any, pattern: str, name: str, operation: str) -> bool:
-    try:
-        return bool(match(pattern, name))
-    except re.error as error:
-        raise ConvLoRAError(f"{operation}: '{pattern}' is no regular expression ({error})") from None
-
-
-def _is_literal(pattern: str) -> bool:
-    return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")
 
 
 def _nearest(target: Target, adaptable: Mapping[str, nn.Module]) -> str:

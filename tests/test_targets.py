@@ -11,7 +11,7 @@ from oracle import net
 from torch import nn
 
 import convlora
-from convlora.targets import nearest_names, pattern_matches
+from convlora.support.patterns import nearest_names, pattern_matches
 
 
 class Block(nn.Module):

@@ -54,6 +54,7 @@ FORMS: dict[str, dict[str, float]] = {
     "by shape": {"HEAVY": forms.HEAVY},
     "thin": {**ANY_SIZE, "HEAVY": float("inf")},
     "branches": {**ANY_SIZE, "HEAVY": 0},
+    "patches": {**ANY_SIZE, "FEW_PATCHES": 0},
 }
 
 names = st.sampled_from(NAMES)

@@ -9,6 +9,7 @@ Tensor keys are `<layer path>.lora_A`, `<layer path>.lora_B` (`.lora_bias`), or 
   left out; the last from version 2 on: the weight is a Parameter of the module above (`WeightSpec.in_parent`);
 - `modules`, from version 2 on: JSON `{module path: [tensor names]}` of the copies;
 - `fingerprint`: of the base weights that were adapted, if known;
+- `base_summary`: a few sums of them, JSON, which tell a rounded base from another one; other releases may pass over it;
 - `checksum`: SHA-256 over all of the above and over names, dtypes, shapes and bytes of the tensors.
 """
 
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from convlora.adapter.fingerprint import Fingerprint, summary_from_json
 from convlora.adapter.parts import AdapterParts, LayerFactors, tensor_key
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError, Problems, one_line
@@ -60,7 +62,9 @@ def write_adapter(adapter: AdapterParts, path: str | os.PathLike[str]) -> None:
             {p: list(copies) for p, copies in adapter.modules.items()}, separators=(",", ":")
         )
     if adapter.fingerprint is not None:
-        metadata["fingerprint"] = adapter.fingerprint
+        metadata["fingerprint"] = str(adapter.fingerprint)
+    if (summary := getattr(adapter.fingerprint, "summary", None)) is not None:
+        metadata["base_summary"] = summary
     metadata["checksum"] = checksum(tensors, metadata)
     write_atomically(path, to_safetensors(tensors, metadata))
 
@@ -85,11 +89,23 @@ def read_adapter(make: type[A], path: str | os.PathLike[str]) -> A:
     try:
         config = AdapterConfig.from_json(metadata["config"])
         layers, modules = _placed(metadata["layers"], metadata.get("modules", "{}"), tensors)
-        return make(config, layers, metadata.get("fingerprint"), modules=modules)
+        return make(config, layers, _fingerprint(metadata), modules=modules)
     except ConvLoRAError as error:
         raise ConvLoRAError(f"read: '{path}': {error}") from None
     except Exception as error:
         raise ConvLoRAError(f"read: '{path}' has malformed metadata ({one_line(error)})") from None
+
+
+def _fingerprint(metadata: Mapping[str, str]) -> str | None:
+    """The fingerprint with its summary; without one that this release does not know."""
+    digest, summary = metadata.get("fingerprint"), metadata.get("base_summary")
+    if digest is None or summary is None:
+        return digest
+    try:
+        summary_from_json(summary)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return digest
+    return Fingerprint(digest, summary)
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import zlib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +12,6 @@ from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors.base import PROJECTIONS, WeightSpec, get_factors
 from convlora.factors.fuse import is_finite
-from convlora.support.safetensors import tensor_bytes
 
 BIAS_DELTA = "lora_bias"
 
@@ -123,19 +120,3 @@ def base_keys(path: str, kind: str, spec: WeightSpec | None = None) -> list[str]
     if path.rpartition(".")[2] in PROJECTIONS:
         names.insert(0 if spec is not None and spec.in_parent else 1, f"{path}_{kind}")
     return names
-
-
-def base_fingerprint(weights: Mapping[str, Tensor]) -> str | None:
-    """SHA-256 over name, dtype, shape and CRC-32 of the base weight of each layer path; None while one has no values.
-
-    It tells bases apart, which needs no cryptography: CRC-32 takes a fraction of the time, and one changed element of
-    up to 32 bits always changes it.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(weights):
-        weight = weights[path]
-        if weight.is_meta:
-            return None
-        crc = zlib.crc32(tensor_bytes(weight))
-        digest.update(f"{tensor_key(path, 'weight')}|{weight.dtype}|{tuple(weight.shape)}|{crc}\n".encode())
-    return f"sha256:{digest.hexdigest()}"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from convlora.adapter.adapter import Adapter
+from convlora.adapter.checkpoint import layer_of_weight
 from convlora.adapter.parts import LayerFactors
-from convlora.adapter.specs import layer_of_weight
 from convlora.factors.base import WeightSpec
 from convlora.formats import specs_from_checkpoint, specs_of
 from convlora.targets import named_layers

@@ -11,13 +11,15 @@ import torch
 from convlora import formats
 from convlora.adapter.adapter import Adapter
 from convlora.adapter.checkpoint import state_dict_misfits
-from convlora.adapter.parts import base_fingerprint, base_key
-from convlora.cli.architecture import layers_of, with_checkpoint_names
-from convlora.errors import ConvLoRAError
+from convlora.adapter.fingerprint import BaseMatch, compare_bases
+from convlora.adapter.parts import base_key
+from convlora.adapter.training import take_apart
+from convlora.cli.architecture import layers_of, recognise_architecture, with_checkpoint_names
+from convlora.config import AdapterConfig
+from convlora.errors import ConvLoRAError, one_line
+from convlora.formats import specs_of
 from convlora.formats.checkpoints import Checkpoint
-from convlora.targets import nearest_names
-
-OTHER_BASE = "'{}' was trained on another base of the same shapes, or on another precision of it"
+from convlora.support.patterns import nearest_names
 
 
 def read_adapter(
@@ -32,6 +34,32 @@ def read_adapter(
         if format == "loralib" and rank is None and alpha is None:
             raise ConvLoRAError(f"{error}; `convlora convert` takes --alpha, --rank and --base") from None
         raise
+
+
+def read_training_checkpoint(path: Path, config: Path, name: str | None) -> Adapter:
+    """The adapter in a checkpoint that a training wrote of a model with adapters.
+
+    Args:
+        config: the `AdapterConfig`, as JSON or as an adapter file has it.
+        name: of the adapter, if not the one in the config.
+    """
+    state = Checkpoint.read(path).state
+    known = recognise_architecture(take_apart(state).base)
+    specs = {} if known is None else specs_of(known.model)
+    fitting = {p: spec for p, spec in specs.items() if getattr(state.get(f"{p}.weight"), "shape", ()) == spec.shape}
+    stated = read_config(config)
+    return Adapter.from_state_dict(state, stated if name is None else stated.replace(name=name), specs=fitting)
+
+
+def read_config(path: Path) -> AdapterConfig:
+    """An `AdapterConfig` as JSON, or that of an adapter file."""
+    if path.suffix.lower() != ".json":
+        return formats.read(path).config
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConvLoRAError(f"read: '{path}' cannot be read ({one_line(error)})") from None
+    return AdapterConfig.from_json(text)
 
 
 def read_base(path: Path | None) -> Checkpoint | None:
@@ -53,14 +81,20 @@ def fit_to_base(adapter: Adapter, state: Mapping[str, Any], file: Path, base: Pa
     return placed
 
 
-def is_same_base(adapter: Adapter, placed: Adapter, state: Mapping[str, Any]) -> bool | None:
-    """Whether the checkpoint is the base that was adapted, as stored or read in float32; None if the file tells not."""
+def match_base(adapter: Adapter, placed: Adapter, state: Mapping[str, Any]) -> BaseMatch | None:
+    """What the checkpoint, as stored or read in float32, is to the base that was adapted; None if unknown."""
     if adapter.fingerprint is None:
         return None
     keys = [base_key(path, "weight", state, layer.spec) for path, layer in placed.layers.items()]
     weights = {path: state[key] for path, key in zip(adapter.layers, keys, strict=True)}
     read = {path: weight.to(torch.float32) for path, weight in weights.items()}
-    return adapter.fingerprint in (base_fingerprint(weights), base_fingerprint(read))
+    as_read = compare_bases(adapter.fingerprint, read)
+    return as_read if as_read.kind == "same" else compare_bases(adapter.fingerprint, weights)
+
+
+def describe_match(match: BaseMatch, file: Path, base: Path) -> str:
+    """What a base is to the one that was adapted, in words."""
+    return f"'{file}' was trained on {match}" if match.kind == "other" else f"'{base}' is {match}"
 
 
 def per_adapter(values: Sequence[float], adapters: Sequence[Path], command: str, option: str) -> list[float]:

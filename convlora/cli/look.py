@@ -16,16 +16,17 @@ from convlora.adapter.checkpoint import apply_adapters
 from convlora.adapter.parts import BIAS_DELTA, LayerFactors, tensor_key
 from convlora.cli.architecture import recognise_architecture
 from convlora.cli.console import emit, progress
-from convlora.cli.inputs import OTHER_BASE, fit_to_base, is_same_base, read_adapter, read_base, size_in_bytes
+from convlora.cli.inputs import describe_match, fit_to_base, match_base, read_adapter, read_base, size_in_bytes
 from convlora.cli.options import BaseOption, File, Json
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
 from convlora.formats import specs_from_checkpoint, specs_of
 from convlora.formats.checkpoints import Checkpoint
+from convlora.support.patterns import nearest_names, values_by_layer
 from convlora.support.progress import counted_steps
 from convlora.support.table import text_table
-from convlora.targets import nearest_names, select_layers, values_by_layer
+from convlora.targets import select_layers
 
 
 def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
@@ -201,8 +202,8 @@ def verify(
 ) -> None:
     """Check that an adapter is sound and fits.
 
-    Checksum and finite values; with --base also that it fits the checkpoint and that this base was adapted. Exit code 1
-    if anything is wrong, with the report on stdout all the same.
+    Checksum and finite values; with --base also that it fits the checkpoint and that this base was adapted, be it in
+    another precision. Exit code 1 if anything is wrong, with the report on stdout all the same.
 
     \b
     Example:
@@ -239,11 +240,13 @@ def _against(adapter: Adapter, file: Path, checkpoint: Checkpoint, base: Path) -
             apply_adapters([(placed, 1.0)], state)
     except ConvLoRAError as error:
         return {"fits": {"ok": False, "what": _cause(error)}}
-    same = is_same_base(adapter, placed, state)
-    words = {True: f"'{base}' was adapted", False: OTHER_BASE.format(file)}
+    match = match_base(adapter, placed, state)
     return {
         "fits": {"ok": True, "what": f"on '{base}', merged values finite"},
-        "fingerprint": {"ok": same, "what": words.get(same, "the file names no base")},  # type: ignore[arg-type]
+        "fingerprint": {
+            "ok": match and match.kind != "other",
+            "what": "the file names no base" if match is None else describe_match(match, file, base),
+        },
     }
 
 

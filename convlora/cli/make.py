@@ -17,14 +17,15 @@ from convlora.adapter.parts import base_key
 from convlora.cli.architecture import layers_of
 from convlora.cli.console import emit, progress
 from convlora.cli.inputs import (
-    OTHER_BASE,
     check_output,
     check_rank_or_energy,
+    describe_match,
     fit_to_base,
-    is_same_base,
+    match_base,
     per_adapter,
     read_adapter,
     read_base,
+    read_training_checkpoint,
     size_in_bytes,
 )
 from convlora.cli.options import Adapters, Base, BaseOption, Energy, File, Force, Form, Json, Name, Out, Rank
@@ -51,7 +52,8 @@ def merge(
 
     The result is for every program that loads the base. Works on the bare weights, no network needed; key order,
     dtypes, nesting, metadata and all other weights stay. Where a file holds `params_ema` and `params`, the former is
-    adapted. A base other than the one that was adapted gives a warning: for a fine-tuned base that is meant.
+    adapted. A base other than the one that was adapted, or another precision of it, gives a warning: for a fine-tuned
+    base that is meant.
 
     \b
     Examples:
@@ -67,10 +69,10 @@ def merge(
     placed = [fit_to_base(adapter, state, file, base, "merge") for adapter, file in zip(loaded, adapters, strict=True)]
     with progress("merging"):
         merged = apply_adapters(list(zip(placed, strengths, strict=True)), state)
-    same = [is_same_base(adapter, there, state) for adapter, there in zip(loaded, placed, strict=True)]
-    for file, verdict in zip(adapters, same, strict=True):
-        if verdict is False:
-            _warn(f"merge: {OTHER_BASE.format(file)}")
+    matches = [match_base(adapter, there, state) for adapter, there in zip(loaded, placed, strict=True)]
+    for file, match in zip(adapters, matches, strict=True):
+        if match is not None and match.kind in ("precision", "other"):
+            _warn(f"merge: {describe_match(match, file, base)}")
     if checkpoint.beside:
         _warn(f"merge: '{checkpoint.where[-1]}' is adapted; {', '.join(checkpoint.beside)} beside it stays as it was")
     checkpoint.write(out, merged)
@@ -82,8 +84,13 @@ def merge(
         "tensors": len(state),
         "changed": changed,
         "adapters": [
-            {"file": str(file), "strength": each, "layers": len(adapter.layers), "same_base": verdict}
-            for file, each, adapter, verdict in zip(adapters, strengths, loaded, same, strict=True)
+            {
+                "file": str(file),
+                "strength": each,
+                "layers": len(adapter.layers),
+                "same_base": match and match.kind != "other",
+            }
+            for file, each, adapter, match in zip(adapters, strengths, loaded, matches, strict=True)
         ],
     }
     emit(report, f"{out}: {changed} of {len(state)} tensors adapted, {report['bytes']:,} bytes", as_json)
@@ -208,6 +215,12 @@ def convert(
     alpha: Annotated[
         float | None, typer.Option("--alpha", metavar="X", help="`lora_alpha` of a loralib FILE or OUT.")
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="JSON", help="Of a training checkpoint FILE: its AdapterConfig, or an adapter."
+        ),
+    ] = None,
     base: BaseOption = None,
     force: Force = False,
     as_json: Json = False,
@@ -219,16 +232,25 @@ def convert(
     microsoft/LoRA. From `convlora` factors to the first two, a k×k layer of rank r needs up to k²·r ranks; `resize`
     lowers them.
 
+    FILE may be a training checkpoint of a whole model with adapters, too. --config says what `inject` was given: the
+    JSON of `AdapterConfig.to_json`, or an adapter of the same config; --name says which adapter, if not the one there.
+
     \b
     Examples:
       convlora convert rain.safetensors --to locon -o rain-locon.safetensors
       convlora convert rain-locon.safetensors --to convlora --base span.safetensors -o again.safetensors
       convlora convert rain.safetensors --to convlora --dtype float16 -o half.safetensors
+      convlora convert last.ckpt --config config.json --to convlora -o last.safetensors
     """
-    check_output(out, [file, base], force, "convert", [] if to == "peft" else _suffixes(to))
+    check_output(out, [file, base, config], force, "convert", [] if to == "peft" else _suffixes(to))
     checkpoint = read_base(base)
-    reading = formats.detect(file)
-    adapter = read_adapter(file, checkpoint, rank=rank, alpha=alpha if reading == "loralib" else None, name=name)
+    reading = formats.detect(file) if config is None else "checkpoint"
+    if config is None:
+        adapter = read_adapter(file, checkpoint, rank=rank, alpha=alpha if reading == "loralib" else None, name=name)
+    elif rank is not None:
+        raise ConvLoRAError("convert: --rank is for loralib files; of a training checkpoint --config says the ranks")
+    else:
+        adapter = read_training_checkpoint(file, config, name)
     form = NEEDED.get(to, factors or adapter.config.factors)
     if factors not in (None, form):
         raise ConvLoRAError(f"convert: {to} files hold {form!r} factors only; leave --factors out")

@@ -18,7 +18,7 @@ from convlora.distill.taps import FeatureTaker, FeatureTap, find_taps, in_eval_m
 from convlora.errors import ConvLoRAError
 from convlora.model.switch import disabled
 from convlora.model.traversal import adapters, unwrap_model
-from convlora.targets import nearest_names
+from convlora.support.patterns import nearest_names
 
 Layers: TypeAlias = "Target | Sequence[Target] | Mapping[str, str]"
 V = TypeVar("V")

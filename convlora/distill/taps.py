@@ -17,7 +17,8 @@ from convlora.errors import ConvLoRAError
 from convlora.layer.adapted import Adapted, slot_of
 from convlora.layer.projection import projections_on
 from convlora.model.traversal import unwrap_model
-from convlora.targets import describe_target, nearest_names, target_selects
+from convlora.support.patterns import nearest_names
+from convlora.targets import describe_target, target_selects
 
 _ELEMENT = re.compile(r"(.+)\[(-?\w+)\]", re.DOTALL)
 _BEFORE = r"\1"

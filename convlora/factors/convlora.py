@@ -41,3 +41,12 @@ class ConvLoRAFactors(ProductFactors):
         if math.prod(spec.kernel) > 1 or spec.groups > 1:
             return None
         return as_layer_weights(factors, spec)
+
+    def on_patches(self, factors: Mapping[str, Tensor], spec: WeightSpec) -> tuple[Tensor, Tensor, int]:
+        """A, B and k_row such that the update of a patch `(in·k_row·k_col,)` is `B · (A on each of its k_row blocks)`.
+
+        Row `(o, i)` of `B @ A` is block i of output o, for one group. Shapes: A `(r·m, in·k_col)`,
+        B `(out, k_row·r·m)`.
+        """
+        blocks = math.prod(spec.kernel[: len(spec.kernel) // 2])
+        return factors["lora_A"], factors["lora_B"].reshape(spec.out_channels, -1), blocks

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from convlora.adapter.adapter import Adapter
+from convlora.adapter.checkpoint import specs_from_checkpoint as specs_from_checkpoint
 from convlora.adapter.file import FORMAT, read_adapter, write_adapter
-from convlora.adapter.specs import specs_from_checkpoint as specs_from_checkpoint
+from convlora.config import CHILD
 from convlora.errors import ConvLoRAError, Problems, one_line
 from convlora.factors.base import WeightSpec
 from convlora.formats import locon, loralib, peft, tensors
@@ -45,6 +46,11 @@ def detect(path: str | os.PathLike[str]) -> str:
     names, metadata = tensors.header(place)
     if metadata.get("format") == FORMAT:
         return "convlora"
+    if any(f".{CHILD}." in f".{name}" for name in names):
+        raise ConvLoRAError(
+            f"read: '{path}' is a checkpoint of a model with adapters; Adapter.from_state_dict takes one out, and so"
+            " does `convlora convert --config`"
+        )
     if locon.recognises(names):
         return "locon"
     if loralib.recognises(names):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,9 +86,12 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The state dict by the names of the network, without nesting and prefix."""
-        skipped = len(self.prefix)
-        return {n[skipped:]: v for n, v in _inside(self.content, self.where).items() if n.startswith(self.prefix)}
+        """The state dict by the names of the network, without nesting and prefix, with what torch notes beside it."""
+        skipped, inside = len(self.prefix), _inside(self.content, self.where)
+        state = OrderedDict((n[skipped:], v) for n, v in inside.items() if n.startswith(self.prefix))
+        noted = getattr(inside, "_metadata", {})
+        state._metadata = {path.removeprefix(self.prefix): value for path, value in noted.items()}  # type: ignore[attr-defined]
+        return state
 
     @property
     def beside(self) -> list[str]:

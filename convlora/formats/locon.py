@@ -28,7 +28,7 @@ from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
 from convlora.formats.tensors import read_tensors, write_tensors
-from convlora.targets import nearest_names
+from convlora.support.patterns import nearest_names
 
 PREFIX, LAYERS = "lycoris", "convlora.layers"
 _FOLDED = 64  # a Tucker file's factor, folded, over its parts: at most the kernel's size, 9 to 49 for images

@@ -28,6 +28,9 @@ class DataFlow(TorchDispatchMode):
     Args:
         known: tensors that are there before and carry no mark: parameters, buffers, inputs.
 
+    Attributes:
+        found: tensors that an operation took, neither known nor made by another: those of a closure, a global.
+
     Example:
         >>> weight, other = torch.ones(3), torch.ones(3)
         >>> with DataFlow([weight, other]) as flow:
@@ -45,6 +48,7 @@ class DataFlow(TorchDispatchMode):
         self._held: list[StorageWeakRef] = []  # while there is one, no other memory gets that name
         self._keys: dict[int, int] = {}  # what a bit stands for
         self._left = 0
+        self.found: list[Tensor] = []
         self._written: set[int | None] = set()
         for tensor in known:
             self._add(tensor, 0)
@@ -73,6 +77,7 @@ class DataFlow(TorchDispatchMode):
     def _of(self, tensor: Tensor) -> int:
         name = _memory(tensor)
         if name is not None and name not in self._bits:
+            self.found.append(tensor)
             self._add(tensor, self._every)
         return self._every if name is None else self._bits[name]
 

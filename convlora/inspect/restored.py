@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def restored(root: nn.Module, *, parameter_values: bool = True) -> Iterator[None]:
-    """Restore mode, attributes, Parameters and buffers of all modules, their values included.
+    """Restore a module after the block, also after an exception; see `remembered`."""
+    put_back = remembered(root, parameter_values=parameter_values)
+    try:
+        yield
+    finally:
+        put_back()
+
+
+def remembered(root: nn.Module, *, parameter_values: bool = True) -> Callable[[], None]:
+    """What restores mode, attributes, Parameters and buffers of all modules, their values included, to those of now.
 
     Args:
         parameter_values: also keep a copy of the values of all Parameters, for a model that may write to them in place
@@ -28,9 +37,8 @@ def restored(root: nn.Module, *, parameter_values: bool = True) -> Iterator[None
             for t in table.values():
                 if t is not None and id(t) not in kept:
                     kept[id(t)] = t, t.data, t.detach().clone() if by_value else None
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for module, saved, saved_tables in zip(modules, attributes, tables, strict=True):
             module.__dict__.clear()
             module.__dict__.update(saved)
@@ -42,6 +50,8 @@ def restored(root: nn.Module, *, parameter_values: bool = True) -> Iterator[None
                 tensor.data = data
             if value is not None and not _same_bits(tensor, value):
                 tensor.data.copy_(value)
+
+    return put_back
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

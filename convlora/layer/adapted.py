@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from convlora.config import CHILD as CHILD
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
 from convlora.layer.again import computing, derived, forms_again, without_keeping
@@ -33,8 +34,6 @@ from convlora.layer.loading import AdapterTensors
 from convlora.layer.projection import PROJECTED, Projection, home_of, projections_on
 from convlora.layer.sharded import is_managed, is_shard_root, is_sharded
 from convlora.layer.slot import Slot
-
-CHILD = "convlora"  # the child module's name, so `<layer>.convlora.<adapter>.lora_A` in a full checkpoint
 
 _FACTORED = ("bias", "weight")  # what factors update
 

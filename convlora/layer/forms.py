@@ -1,13 +1,14 @@
-"""How a layer with one low-rank update computes while it trains: three forms of equal values, chosen by shape.
+"""How a layer with one low-rank update computes while it trains: forms of equal values, chosen by shape.
 
 - The composite, `layer(x; W + s·B∘A)`: the reference, for everything; its backward forms the gradient of all of W.
 - Thin products (thin.py): the same forward, and a backward without that gradient, on a CPU.
 - Two branches, `layer(x; W) + s·B(A(x))`, where the weight is larger than what goes through it, or wide: its gradient
-  would cost more than the branch. W is not even read, and the update is nowhere a matrix.
+  would cost more than the branch. ΔW is formed nowhere. `convlora` factors of kernels, which are no two layers,
+  multiply patches (im2col) instead, where these are few.
 
-The last two are for stock layers whose frozen weight has one active adapter. What needs operations to be looked into
-(functional transforms, forward-mode derivatives, tracing, compilation) gets the composite. The shapes at which thin
-products win were measured by benchmarks/training_step.py.
+All but the first are for stock layers whose frozen weight has one active adapter. What needs operations to be looked
+into (functional transforms, forward-mode derivatives, tracing, compilation) gets the composite. The shapes at which
+thin products win were measured by benchmarks/training_step.py.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ HEAVY = 200
 # element and position, a branch moves some four bytes more for each channel and position, and chips do 100 (float32)
 # to 400 (bfloat16) operations while they move a byte. Reasoned, not measured on a GPU.
 WIDE = 600
+
+# Factors that multiply blocks of patches do so where the weight has more elements than this many times the positions.
+FEW_PATCHES = 3000
 
 Form = Callable[[Any, Slot, Tensor], Tensor | None]
 Layer = Callable[[Tensor, Tensor], Tensor]  # of input and weight
@@ -77,10 +81,12 @@ def _linear(layer: Any, slot: Slot, x: Tensor) -> Tensor | None:
 
 def _convolution(layer: Any, slot: Slot, x: Tensor) -> Tensor | None:
     weight = layer._parameters.get("weight")
-    update = _update(slot, x, weight)
-    if update is None or x.dim() != weight.dim() or layer.groups != 1:
+    acting = _only_acting(slot, x, weight)
+    if acting is None or x.dim() != weight.dim() or layer.groups != 1:
         return None
-    positions, padding = _positions(layer, x), layer.padding
+    update, positions, padding = _as_layers(*acting), _positions(layer, x), layer.padding
+    if update is None:
+        return _on_patches(layer, slot, x, weight, *acting) if weight.numel() > FEW_PATCHES * positions else None
     heavy, thin_padding = weight.numel() > HEAVY * positions, _thin_padding(layer, x, weight, update)
     thin_wins = not heavy and thin_padding is not None and _is_worth_it(weight, update, positions)
     if not (heavy or thin_wins or _is_wide(weight)):
@@ -97,6 +103,34 @@ def _convolution(layer: Any, slot: Slot, x: Tensor) -> Tensor | None:
 
     y = convolve(x, weight, layer.bias, layer.stride, padding, layer.dilation)
     return _branches(slot, x, update, y, thin_layer, convolve)
+
+
+def _on_patches(layer: Any, slot: Slot, x: Tensor, weight: Tensor, low_rank: LowRank, strength: float) -> Tensor | None:
+    """`layer(x; W) + s·ΔW·patches`, for factors that multiply blocks of a patch; backward forms the patches again."""
+    on_patches = getattr(low_rank.factorization, "on_patches", None)
+    if on_patches is None or weight.dim() != 4 or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        return None
+    a, b, blocks = on_patches(low_rank._parameters, low_rank.spec)
+    if x.dtype != a.dtype and not _is_cast(x):
+        return None
+
+    def patches() -> Tensor:
+        columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        return columns.view(len(x) * blocks, -1, columns.shape[-1])
+
+    def thin_side(columns: Tensor) -> Tensor:
+        return torch.bmm(a.expand(len(columns), -1, -1), columns).view(len(x), -1, columns.shape[-1])
+
+    def call() -> Tensor:
+        columns = patches()
+        note_formed(slot, columns, patches, [x])
+        z = thin_side(columns)
+        note_formed(slot, z, lambda: thin_side(patches()), [x, a])
+        y = layer._conv_forward(x, weight, layer.bias)
+        change = torch.bmm(b.expand(len(x), -1, -1), z)
+        return torch.add(y, change.view_as(y), alpha=strength * low_rank.scale)
+
+    return without_keeping((slot,), call) if forms_again() else call()
 
 
 def _transposed(layer: Any, slot: Slot, x: Tensor) -> Tensor | None:
@@ -121,8 +155,7 @@ def _branches(slot: Slot, x: Tensor, update: LowRankUpdate, y: Tensor, a_layer: 
     a, b = update.a, update.b
     if a_layer is F.linear:
         a, b = a.flatten(1), b.flatten(1)
-    device = x.device.type
-    if x.dtype == a.dtype or (device != "meta" and torch.is_autocast_enabled(device)):
+    if x.dtype == a.dtype or _is_cast(x):
         return torch.add(y, b_layer(a_layer(x, a), b), alpha=update.gain)
     dtype = torch.promote_types(x.dtype, a.dtype)
 
@@ -172,7 +205,15 @@ def _is_worth_it(weight: Tensor, update: LowRankUpdate, positions: int) -> bool:
 
 
 def _update(slot: Slot, x: Any, weight: Any) -> LowRankUpdate | None:
-    """The update of the only acting adapter, if anything but the composite may be used."""
+    """The update of the only acting adapter as two layers, if it is that and anything but the composite may be used."""
+    acting = _only_acting(slot, x, weight)
+    return None if acting is None else _as_layers(*acting)
+
+
+def _only_acting(slot: Slot, x: Any, weight: Any) -> tuple[LowRank, float] | None:
+    """The only acting adapter and its strength, if anything but the composite may be used: not where calling it does
+    more than form its update. Dropout draws, hooks (of FSDP2, say) have work to do, a replica of DataParallel has no
+    parameters."""
     if (
         type(x) not in _PLAIN
         or type(weight) not in _PLAIN
@@ -185,29 +226,31 @@ def _update(slot: Slot, x: Any, weight: Any) -> LowRankUpdate | None:
     ):
         return None
     acting = slot.only_acting()
-    return None if acting is None else _chained(*acting)
+    if acting is None:
+        return None
+    low_rank, _ = acting
+    hooked = low_rank._forward_pre_hooks or low_rank._forward_hooks
+    return None if low_rank.drops() or hooked or type(low_rank) is not LowRank or not low_rank._parameters else acting
 
 
 def _is_one_precision(x: Tensor, weight: Tensor) -> bool:
     """Whether a layer takes its input as it is; else the composite gives the error, or autocast sees to it."""
-    if x.dtype == weight.dtype:
-        return True
+    return x.dtype == weight.dtype or (_is_cast(x) and torch.float64 not in (x.dtype, weight.dtype))
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast sees to the precision."""
     device = x.device.type
-    return device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype)
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _chained(low_rank: LowRank, strength: float) -> LowRankUpdate | None:
-    """The update as two layers one after the other; None where it is not that, or where calling the module does more:
-    dropout draws, hooks (of FSDP2, say) have work to do, a replica of DataParallel has no parameters."""
+def _as_layers(low_rank: LowRank, strength: float) -> LowRankUpdate | None:
+    """The update as two layers one after the other; None where it is not that."""
     chain = getattr(low_rank.factorization, "chain", None)
-    dropping = low_rank.training and low_rank.config.rank_dropout > 0
-    hooked = low_rank._forward_pre_hooks or low_rank._forward_hooks
-    if chain is None or dropping or hooked or type(low_rank) is not LowRank or not low_rank._parameters:
-        return None
-    factors = chain(low_rank._parameters, low_rank.spec)
+    factors = None if chain is None else chain(low_rank._parameters, low_rank.spec)
     if factors is None:
         return None
     a, b = factors

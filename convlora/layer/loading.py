@@ -19,6 +19,8 @@ class AdapterTensors(nn.Module):
 
     config: AdapterConfig
     strength: float
+    # The paths of all modules that got the adapter together, and the one of this module among them.
+    _place: tuple[dict[str, None], str] | None = None
     was_loaded = False  # whether the last checkpoint that was loaded had its tensors
 
     def tensor_names(self) -> Iterable[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +133,12 @@ class LowRank(AdapterTensors):
 
     def tensor_names(self) -> Iterable[str]:
         return self.factors()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Note beside the tensors what they do not tell of the weight, for `Adapter.from_state_dict`."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if prefix[:-1] in (noted := getattr(destination, "_metadata", {})):
+            noted[prefix[:-1]].update(groups=self.spec.groups, transposed=self.spec.transposed)
 
     def follow(self) -> None:
         """Bring the scale to the device of the factors, which `load_state_dict(assign=True)` may have changed."""

@@ -28,6 +28,7 @@ from convlora.layer.adapted import (
     release,
     slot_of,
     weight_spec,
+    why_not,
 )
 from convlora.layer.copies import TensorCopies, copied, own_tensors, statistics_names
 from convlora.layer.loading import AdapterTensors
@@ -35,6 +36,7 @@ from convlora.layer.lowrank import LowRank
 from convlora.layer.projection import home_of
 from convlora.model.bake import plan_baking
 from convlora.model.outside import freeze_base, is_frozen, thaw_base
+from convlora.model.places import departed_modules, forget_places, record_places, vacate_place
 from convlora.model.traversal import (
     adapted_modules,
     adapter_slots,
@@ -45,7 +47,8 @@ from convlora.model.traversal import (
     require_adapters,
     unwrap_model,
 )
-from convlora.targets import describe_target, named_layers, select_layers, select_modules, values_by_layer
+from convlora.support.patterns import values_by_layer
+from convlora.targets import describe_target, named_layers, select_layers, select_modules
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -143,7 +146,9 @@ def inject(
         raise ConvLoRAError("inject: modules_to_save leaves no layer of those that the targets select")
     for target in idle:
         warnings.warn(f"inject: exclude {describe_target(target)} matches no layer", ConvLoRAWarning, stacklevel=2)
-    layer_ranks = values_by_layer(config.ranks, config.rank, layers, "inject", "ranks")
+    named = root.named_modules(remove_duplicate=False) if config.ranks else ()
+    others = [path for path, module in named if why_not(module) is None]
+    layer_ranks = values_by_layer(config.ranks, config.rank, layers, "inject", "ranks", unselected=others)
     layer_alphas = values_by_layer(config.alphas, config.alpha, layers, "inject", "alphas")
     plan = []
     for path, layer in layers.items():
@@ -262,7 +267,7 @@ def place_adapter(
     root: nn.Module, plan: Sequence[Placement], copies: Sequence[CopyPlacement], config: AdapterConfig
 ) -> None:
     """Carry out a checked plan: make all factors and copies, then put them in and freeze the base."""
-    made: list[tuple[nn.Module, AdapterTensors]] = []
+    made: list[tuple[str, nn.Module, AdapterTensors]] = []
     for p in plan:
         check_adaptable(p.path, p.layer, "inject")
     with torch.inference_mode(False):  # factors are to be trained and switched outside it, too
@@ -274,18 +279,20 @@ def place_adapter(
                 )
             except (RuntimeError, TypeError, OverflowError) as error:
                 raise ConvLoRAError(f"inject: no factors of rank {p.rank} for '{p.path}' ({error})") from error
-            made.append((p.layer, low_rank))
+            made.append((p.path, p.layer, low_rank))
         shared: dict[int, Tensor] = {}  # tied tensors stay tied
         for c in copies:
             tensors = {n: copied(c.module, n, shared, (c.values or {}).get(n)) for n in c.names}
-            made.append((c.module, TensorCopies(config, tensors, freezes=c.freezes, trained=c.values is not None)))
-    entries: list[nn.Module] = [entry for _, entry in made]
+            held = TensorCopies(config, tensors, freezes=c.freezes, trained=c.values is not None)
+            made.append((c.path, c.module, held))
+    entries: list[nn.Module] = [entry for _, _, entry in made]
     for entry in entries:
         if isinstance(entry, TensorCopies):
             entry.adapter_modules = entries
     freeze_base(root)
-    for module, entry in made:
-        adapt(module, config.name, entry)
+    record_places(root, config.name, {path: entry for path, _, entry in made})
+    for _, module, adapter_tensors in made:
+        adapt(module, config.name, adapter_tensors)
 
 
 def check_adaptable(path: str, layer: nn.Module, operation: str, remedy: str = "") -> None:
@@ -345,8 +352,9 @@ def remove(model: M, name: str | None = None, *, norms: str = "bake") -> M:
         raise ConvLoRAError(f"remove: norms (={norms!r}) must be 'bake' or 'keep'")
     refuse_wrapped(model, "remove")
     root = unwrap_model(model, "remove")
-    if name is None and not adapters(root) and is_frozen(root):
+    if name is None and not adapters(root) and (is_frozen(root) or departed_modules(root)):
         thaw_base(root, [])  # the adapters went with a part of the model, `remove(model.body)`
+        forget_places(root, None)
         return model
     require_adapters(root, "remove", [name] if name is not None else [])
     refuse_stacked(root, "remove")
@@ -358,7 +366,9 @@ def remove(model: M, name: str | None = None, *, norms: str = "bake") -> M:
     bake = plan_baking(root, merged, norms)  # of all of its adapters, or it would have been refused
     for module, names in going.items():
         for n in names:
+            vacate_place(slot_of(module).entry(n))
             release(module, n)
+    forget_places(root, name)
     for step in bake:
         step()
     thaw_base(root, [module for module in modules if not isinstance(module, Adapted)])

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from convlora.adapter.adapter import Adapter
-from convlora.adapter.parts import LayerFactors, base_fingerprint, tensor_key
+from convlora.adapter.cast import cast_adapter
+from convlora.adapter.fingerprint import base_fingerprint, compare_bases
+from convlora.adapter.parts import LayerFactors, tensor_key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
 from convlora.factors.fuse import is_finite
@@ -38,6 +40,7 @@ from convlora.model.inject import (
     plan_statistics,
 )
 from convlora.model.outside import warn_of_changed
+from convlora.model.places import departed_modules, shown_names, warn_of_departed
 from convlora.model.switch import Names, using
 from convlora.model.traversal import (
     adapted_modules,
@@ -48,7 +51,8 @@ from convlora.model.traversal import (
     require_adapters,
     unwrap_model,
 )
-from convlora.targets import is_part_of_adapter, named_layers, nearest_names
+from convlora.support.patterns import nearest_names
+from convlora.targets import is_part_of_adapter, named_layers
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,7 +60,8 @@ M = TypeVar("M", bound=nn.Module)
 def adapter(model: nn.Module, name: str | None = None) -> Adapter:
     """An adapter of the model as a value: its tensors copied to the CPU, detached from the model.
 
-    Warns of what has changed outside of any adapter, and so is not in it: see `convlora.changed`.
+    Warns of what has changed outside of any adapter, and so is not in it: see `convlora.changed`; and of adapted
+    layers that have left the model since `inject`, replaced or deleted.
 
     Under FSDP2 every process has to call it, and each gets the whole adapter.
 
@@ -70,7 +75,7 @@ def adapter(model: nn.Module, name: str | None = None) -> Adapter:
         ['lora_A', 'lora_B']
     """
     taken = _take(model, name, copy=True)
-    warn_of_changed(unwrap_model(model, "adapter"), "adapter", stacklevel=2)
+    _warn_of_lost(model, taken.config.name, "adapter")
     return taken
 
 
@@ -97,8 +102,12 @@ def _take(model: nn.Module, name: str | None, copy: bool) -> Adapter:
             modules |= {p: held for p in (path, *aliases) if held}
     if len(kinds) > 1:
         raise ConvLoRAError(f"adapter: parts of {name!r} differ ({sorted(kinds)}); give each part a name of its own")
+    if not layers and (departed := departed_modules(root, name)):
+        raise ConvLoRAError(
+            f"adapter: {name!r} has no layer any more; {shown_names(departed)}, which had it, left since inject"
+        )
     base = {path: layer for layer, (path, *_) in paths.items() if path in layers}
-    return Adapter(config, layers, fingerprint(base), modules=modules)
+    return Adapter(config, layers, base_fingerprint(_base_weights(base)), modules=modules)
 
 
 def _are_unmoved_statistics(module: nn.Module, copies: TensorCopies) -> bool:
@@ -112,9 +121,11 @@ def save(
     """Write an adapter of the model to a `.safetensors` file, atomically. Returns the model.
 
     The file holds the factors, the copies of `modules_to_save`, and the running statistics that have moved. A warning
-    names what has changed outside of any adapter, and so is not in it: see `convlora.changed`.
+    names what has changed outside of any adapter, and so is not in it: see `convlora.changed`; and adapted layers that
+    have left the model since `inject`, replaced or deleted.
 
-    `dtype`: of the tensors in the file; float16 or bfloat16 halve it. Of several processes with one model the first
+    `dtype`: of the tensors in the file; float16 or bfloat16 halve it, and a warning names what is too small for them,
+    as in `Adapter.to`. Of several processes with one model the first
     writes. Under FSDP2 all of them have to call it, and each goes on once the file is there; under DDP the others do
     not wait.
 
@@ -129,8 +140,8 @@ def save(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = save(model, f"{folder}/rain.safetensors")
     """
-    taken = _take(model, name, copy=False).to(dtype)
-    warn_of_changed(unwrap_model(model, "save"), "save", stacklevel=2)
+    taken = cast_adapter(_take(model, name, copy=False), dtype, "save", stacklevel=2)
+    _warn_of_lost(model, taken.config.name, "save")
     mesh = device_mesh_of(model)
     first = is_first_rank(model, mesh)
     on_all_ranks(mesh, lambda: taken.write(path) if first else None)
@@ -142,7 +153,8 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
 
     Onto an adapter of the same name with the same shapes it copies in place: a hot swap, which recompiles nothing.
     A new adapter acts, beside those that already do; `activate` chooses. `name`: another name than the file's.
-    `strict=False` takes what fits and warns of the rest. A base other than the adapted one gives a warning.
+    `strict=False` takes what fits and warns of the rest. A base other than the adapted one, or another precision of
+    it, gives a warning; one that is equal up to rounding does not.
     A model that FSDP2 has sharded takes a hot swap only, and every process has to call it and reads the file.
     It changes the model for everybody: nobody may be running it meanwhile.
 
@@ -184,12 +196,11 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
         raise ConvLoRAError(f"load: {complaint}{hint}")
     if problems:
         warnings.warn(f"load: left out what does not fit: {complaint}", ConvLoRAWarning, stacklevel=2)
-    elif loaded.fingerprint is not None and loaded.fingerprint != fingerprint(fitting):
-        warnings.warn(
-            "load: the adapter was trained on another base of the same shapes, or on another precision of it",
-            ConvLoRAWarning,
-            stacklevel=2,
-        )
+    elif loaded.fingerprint is not None:
+        found = compare_bases(loaded.fingerprint, _base_weights(fitting))
+        if found.kind in ("precision", "other"):
+            where = "the model has" if found.kind == "precision" else "the adapter was trained on"
+            warnings.warn(f"load: {where} {found}", ConvLoRAWarning, stacklevel=2)
     if not present:
         copies = [CopyPlacement(p, m, list(loaded.modules[p]), loaded.modules[p]) for p, m in modules.items()]
         for copy in copies:
@@ -321,12 +332,10 @@ def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
     return full_tensor(tensor).detach().to("cpu", copy=copy)
 
 
-def fingerprint(layers: Mapping[str, nn.Module]) -> str | None:
-    """Of the base weights of layers; see `formats.native.fingerprint`."""
+def _base_weights(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The base weights of layers, whole where they are sharded."""
     weights = {path: peek_base_tensor(layer, "weight") for path, layer in layers.items()}
-    if any(weight.is_meta for weight in weights.values()):
-        return None
-    return base_fingerprint({p: _on_cpu(w, copy=False) if is_sharded(w) else w for p, w in weights.items()})
+    return {p: _on_cpu(w, copy=False) if is_sharded(w) and not w.is_meta else w for p, w in weights.items()}
 
 
 def merged_state_dict(model: nn.Module, names: Names | None = None) -> dict[str, Any]:
@@ -373,5 +382,12 @@ def merged_state_dict(model: nn.Module, names: Names | None = None) -> dict[str,
                     problems.non_finite.append(tensor_key(path, kind))
                 kept[tensor_key(path, kind)] = value.detach().clone()
     problems.raise_if_any("merged_state_dict")
-    warn_of_changed(root, "merged_state_dict", stacklevel=2)
+    _warn_of_lost(root, None, "merged_state_dict")
     return kept
+
+
+def _warn_of_lost(model: nn.Module, name: str | None, operation: str) -> None:
+    """What no adapter holds and has changed, and what has left the model with the adapter on it."""
+    root = unwrap_model(model, operation)
+    warn_of_changed(root, operation, stacklevel=3)
+    warn_of_departed(root, name, operation, stacklevel=3)

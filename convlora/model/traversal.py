@@ -15,6 +15,7 @@ from convlora.layer.adapted import Adapted, is_stacked, slot_of, weight_spec, wh
 from convlora.layer.projection import Projection, projections_on
 from convlora.layer.sharded import is_managed, is_sharded
 from convlora.layer.slot import Slot
+from convlora.model.places import departed_modules, shown_names
 from convlora.targets import named_layers
 
 
@@ -136,6 +137,11 @@ def model_and_slots(model: nn.Module, operation: str, names: Iterable[str] = ())
     root = unwrap_model(model, operation)
     found = adapter_slots(root)
     known = {name for slot in found for name in slot._modules}
+    if not known and (departed := departed_modules(root)):
+        raise ConvLoRAError(
+            f"{operation}: the model has no adapters any more; {shown_names(departed)}, which had them, left it since"
+            " inject (replaced or deleted)"
+        )
     if not known:
         raise ConvLoRAError(f"{operation}: the model has no adapters; inject or load one first")
     for name in names:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +112,7 @@ def test_construction_lists_all_that_is_wrong() -> None:
     )
 
 
-def test_to_casts_and_refuses_overflow() -> None:
+def test_to_casts_and_refuses_overflow(tmp_path: Path) -> None:
     model = adapted_net()
     half = convlora.adapter(model).to(torch.float16)
     assert {t.dtype for layer in half.layers.values() for t in layer.tensors.values()} == {torch.float16}
@@ -115,8 +120,76 @@ def test_to_casts_and_refuses_overflow() -> None:
         slot_of(model[0]).low_rank("default").lora_A.fill_(1e6)
     with pytest.raises(convlora.ConvLoRAError, match=r"non-finite: 0\.lora_A"):
         convlora.adapter(model).to(torch.float16)
+    with pytest.raises(convlora.ConvLoRAError, match=r"non-finite: 0\.lora_A"):
+        convlora.save(model, tmp_path / "half.safetensors", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
     with pytest.raises(convlora.ConvLoRAError, match="floating point dtype"):
         half.to(torch.int8)
+
+
+def small(factors: str, scale: float, layers: tuple[str, ...] = ("0", "6"), **options: Any) -> Adapter:
+    """An adapter of which two layers have a large A and a B of some size; the other layers' ΔW are comparable."""
+    model = adapted_net(factors=factors, rank=1, **options)
+    with torch.no_grad():
+        for path in NET_LAYERS:
+            sizes = {"lora_A": 1e3, "lora_B": scale} if path in layers else {"lora_A": 0.02, "lora_B": 0.02}
+            for name, p in slot_of(model.get_submodule(path)).low_rank("default").factors().items():
+                p.mul_(sizes[name] / p.abs().max())
+    return convlora.adapter(model)
+
+
+def naive_share(before: Adapter, after: Adapter, layers: Iterable[str]) -> float:
+    lost = sum(float((before.delta(path).double() - after.delta(path).double()).square().sum()) for path in layers)
+    return (lost / sum(float(before.delta(path).double().square().sum()) for path in layers)) ** 0.5
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("scale", [1e-8, 3e-7])
+def test_what_underflows_is_told_by_its_share(factors: str, scale: float, tmp_path: Path) -> None:
+    adapter = small(factors, scale)
+    with pytest.warns(convlora.ConvLoRAWarning, match="Adapter.to: values too small for float16") as seen:
+        half = adapter.to(torch.float16)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+    share, worst, path = re.search(r"ΔW by (\S+)%, '(\d)' by (\S+)% and 2 in all", str(seen[0].message)).group(1, 3, 2)  # type: ignore[union-attr]
+    assert float(share) == pytest.approx(100 * naive_share(adapter, half, adapter.layers), abs=0.05)
+    assert path == max(("0", "6"), key=lambda name: naive_share(adapter, half, [name]))
+    assert float(worst) == pytest.approx(100 * naive_share(adapter, half, [path]), abs=0.05)
+    adapter.to(torch.bfloat16)  # warnings are errors in tests
+    model = convlora.load(net(), replace(adapter, fingerprint=None))
+    with pytest.warns(convlora.ConvLoRAWarning, match="save: values too small for float16") as seen:
+        convlora.save(model, tmp_path / "half.safetensors", dtype=torch.float16)
+    assert seen[0].filename == __file__
+
+
+def test_of_copies_and_bias_deltas_what_underflows_is_told() -> None:
+    adapter = convlora.adapter(adapted_net(bias=True, modules_to_save="1"))
+    tensors = {**adapter.layers["3"].tensors, "lora_bias": torch.full((8,), 1e-9)}
+    bias = replace(adapter, layers={**adapter.layers, "3": replace(adapter.layers["3"], tensors=tensors)})
+    with pytest.warns(convlora.ConvLoRAWarning, match=r"ΔW by 0\.0\d%, '3\.lora_bias' by 100\.00% and 1 in all"):
+        bias.to(torch.float16)
+    copied = replace(adapter, modules={"1": {**adapter.modules["1"], "running_var": torch.full((8,), 1e-9)}})
+    with pytest.warns(convlora.ConvLoRAWarning, match=r"'1\.running_var' by 100\.00%"):
+        copied.to(torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("factors", FACTORS)
+def test_rounding_alone_alarms_nobody(factors: str, dtype: torch.dtype) -> None:
+    adapter = small(factors, 1e-2)
+    assert naive_share(adapter, adapter.to(dtype), adapter.layers) < 0.005
+
+
+def test_a_rank_component_that_is_lost_is_found_beside_large_ones() -> None:
+    """Its row of A is small beside the others, and its column of B so large that it makes most of ΔW."""
+    model = convlora.inject(nn.Sequential(nn.Linear(40, 30)), "0", rank=4)
+    with torch.no_grad():
+        factors = slot_of(model[0]).low_rank("default")
+        factors.lora_A.normal_()[0].mul_(1e-8)
+        factors.lora_B.normal_()[:, 0].mul_(5e4 / 4)
+        factors.lora_B[:, 1:] *= 1e-5
+    with pytest.warns(convlora.ConvLoRAWarning, match=r"too small for float16 change ΔW by \d\d"):
+        convlora.adapter(model).to(torch.float16)
 
 
 def test_a_name_is_needed_among_several() -> None:

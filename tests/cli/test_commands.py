@@ -28,7 +28,6 @@ import convlora
 from convlora import Adapter, formats
 from convlora.cli import architecture
 from convlora.cli.app import app, main
-from convlora.cli.inputs import OTHER_BASE
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["info", "merge", "extract", "resize", "combine", "convert", "diff", "layers", "verify"]
@@ -81,6 +80,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     formats.write(thin, folder / "locon.safetensors", "locon")
     save_file(load_file(folder / "locon.safetensors"), folder / "kohya.safetensors")  # without our metadata
     formats.write(convlora.adapter(adapted(esrgan(), SNOW, 4, rank=2)), folder / "loralib.pt", "loralib")
+    trained = adapted(esrgan(), RAIN, 6, rank=2, alpha=3)
+    torch.save({"epoch": 3, "state_dict": nn.DataParallel(trained).state_dict()}, folder / "last.ckpt")
+    (folder / "config.json").write_text(convlora.adapters(trained)["default"].to_json())
     tuned = convlora.adapter(adapted(esrgan(), RAIN, 5, rank=2)).apply_to(state)
     save_file(tuned, folder / "tuned.safetensors")
     return folder
@@ -196,8 +198,36 @@ def test_merge_onto_another_base_warns_in_one_line(folder: Path) -> None:
     save_file(esrgan(seed=9).state_dict(), "other.safetensors")
     result = run("merge", "other.safetensors", "rain.safetensors", "-o", "out.safetensors")
     assert result.exit_code == 0
-    assert result.stderr == f"warning: merge: {OTHER_BASE.format('rain.safetensors')}\n"
+    assert re.fullmatch(
+        r"warning: merge: 'rain\.safetensors' was trained on another base of the same shapes"
+        r" \(relative difference [\d.]+\)\n",
+        result.stderr,
+    )
     assert Path("out.safetensors").exists()
+
+
+def test_a_base_in_another_precision_is_said_to_be_one(folder: Path) -> None:
+    half = {name: tensor.half() for name, tensor in esrgan().state_dict().items()}
+    save_file(half, "half.safetensors")
+    save_file({name: tensor.float() for name, tensor in half.items()}, "widened.safetensors")
+    for file in ("half.safetensors", "widened.safetensors"):
+        result = run("merge", file, "rain.safetensors", "-o", f"of-{file}", "--json")
+        said = f"'{file}' is the base that was adapted, with values of float16 here and of float32 there"
+        assert said in result.stderr
+        assert json.loads(result.stdout)["adapters"][0]["same_base"] is True
+        check = report("verify", "rain.safetensors", "--base", file)["checks"]["fingerprint"]
+        assert check["ok"] is True
+        assert said in check["what"]
+
+
+def test_a_base_that_is_equal_up_to_rounding_alarms_nobody(folder: Path) -> None:
+    drifted = {name: tensor * 3 / 3 for name, tensor in esrgan().state_dict().items()}
+    assert not same(drifted, esrgan().state_dict())
+    save_file(drifted, "drifted.safetensors")
+    out("merge", "drifted.safetensors", "rain.safetensors", "-o", "out.safetensors")
+    check = report("verify", "rain.safetensors", "--base", "drifted.safetensors")["checks"]["fingerprint"]
+    assert check["ok"] is True
+    assert "up to rounding (relative difference" in check["what"]
 
 
 def test_a_base_read_in_float32_is_the_base_in_half_precision_that_is_stored(folder: Path) -> None:
@@ -368,6 +398,34 @@ def test_convert_writes_what_the_library_writes(folder: Path) -> None:
     out("convert", "snow.safetensors", "--to", "locon", "-o", "out.safetensors", "--prefix", "lora_unet")
     formats.write(Adapter.read("snow.safetensors"), "expected.safetensors", "locon", prefix="lora_unet")
     assert Path("out.safetensors").read_bytes() == Path("expected.safetensors").read_bytes()
+
+
+def test_convert_takes_an_adapter_out_of_a_training_checkpoint(folder: Path) -> None:
+    trained = adapted(esrgan(), RAIN, 6, rank=2, alpha=3)
+    convlora.save(trained, "saved.safetensors")
+    out("convert", "last.ckpt", "--config", "config.json", "--to", "convlora", "-o", "last.safetensors")
+    assert Path("last.safetensors").read_bytes() == Path("saved.safetensors").read_bytes()
+    for file, place in (("last.ckpt", "one"), ("saved.safetensors", "other")):
+        config = ["--config", "saved.safetensors"] if file == "last.ckpt" else []
+        out("convert", file, *config, "--to", "peft", "-o", place)
+    assert same_adapter(formats.read("one"), formats.read("other"))
+    assert report("verify", "last.safetensors", "--base", "span.safetensors")["ok"] is True
+    save_file(trained.state_dict(), "all.safetensors")
+    assert "is a checkpoint of a model with adapters" in fails("info", "all.safetensors")
+    out("convert", "all.safetensors", "--config", "config.json", "--to", "convlora", "-o", "again.safetensors")
+    assert Path("again.safetensors").read_bytes() == Path("saved.safetensors").read_bytes()
+
+
+def test_convert_says_what_does_not_fit_a_training_checkpoint(folder: Path) -> None:
+    wanted = ["--to", "convlora", "-o", "last.safetensors", "--config"]
+    cases = {
+        ("last.ckpt", *wanted, "none.json"): "'none.json' cannot be read",
+        ("last.ckpt", *wanted, "config.json", "--name", "snow"): "no adapter 'snow' in the state dict; it has",
+        ("last.ckpt", *wanted, "config.json", "--rank", "3"): "--rank is for loralib files",
+        ("span.safetensors", *wanted, "config.json"): "convert: no key is '<layer>.convlora.<adapter>.<tensor>'",
+    }
+    for args, message in cases.items():
+        assert message in fails("convert", *args)
 
 
 def test_convert_changes_dtype_and_factorization(folder: Path) -> None:

@@ -62,6 +62,14 @@ def test_budget_is_never_exceeded_and_inject_gives_these_ranks(budget: int, fact
     assert max(ranks.values()) <= (max_rank or budget)
 
 
+def test_the_ranks_serve_narrower_targets() -> None:
+    ranks = allocate(net(), budget=80, factors="locon")
+    paid = [name for name, rank in ranks.items() if rank]
+    assert len(paid) < len(ranks)
+    model = convlora.inject(net(), paid, ranks=ranks, factors="locon")
+    assert {entry.name: entry.rank for entry in convlora.summary(model).layers} == {n: ranks[n] for n in paid}
+
+
 @pytest.mark.parametrize("factors", FACTORS)
 def test_a_larger_budget_is_not_spent_less(factors: str) -> None:
     model, spent = net(), []

@@ -214,10 +214,160 @@ def test_audit_leaves_the_model_as_it_was_after_an_error() -> None:
         convlora.audit(net(), torch.randn(NET_INPUT))
 
 
+class Autoencoder(nn.Module):
+    """Works by two methods, and has no forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, 3)
+        self.decoder = nn.Linear(3, 4)
+        self.spare = nn.Linear(4, 4)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+
+GLOBAL = torch.ones(2, 3)
+NEVER = "never read: the adapter has no effect"
+
+
+def test_audit_runs_calls_in_the_place_of_a_forward() -> None:
+    model = convlora.inject(Autoencoder(), "*", rank=1)
+    x, z = torch.randn(2, 4), torch.randn(2, 3)
+    assert convlora.audit(model, call=lambda m: m.decode(z)).problems == {"encoder": NEVER, "spare": NEVER}
+    assert convlora.audit(model, call=lambda _: model.decode(GLOBAL)).problems == {"encoder": NEVER, "spare": NEVER}
+    both = [lambda m: m.encode(x), lambda m: m.decode(z)]
+    assert convlora.audit(model, call=both).problems == {"spare": NEVER}
+    layers = {layer.name: layer for layer in convlora.audit(model, call=both).layers}
+    assert layers["decoder"].trains is layers["encoder"].trains is True
+    assert layers["spare"].trains is False
+    wrapped = torch.optim.swa_utils.AveragedModel(model)
+    assert convlora.audit(wrapped, call=both).problems == {"spare": NEVER}
+
+
+def test_a_tensor_of_a_call_carries_no_mark() -> None:
+    """What a closure brings was not computed by the layers that were read before it."""
+    model = convlora.inject(Autoencoder(), "*", rank=1)
+    x, aside = torch.randn(2, 4), torch.randn(2, 4)
+
+    def call(m: Autoencoder) -> Tensor:
+        m.encode(x)
+        return aside + m.spare(x)
+
+    problems = convlora.audit(model, call=call).problems
+    assert problems == {"encoder": "read, but no output depends on it: the adapter has no effect", "decoder": NEVER}
+
+
+class Experts(nn.Module):
+    """Chooses its layer by the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor, *, shift: float = 0.0) -> Tensor:
+        return self.experts[int(x.sum().sign()) + 1](x) + shift
+
+
+def test_audit_merges_what_several_inputs_find() -> None:
+    model = convlora.inject(Experts(), "*", rank=1)
+    ones = torch.ones(2, 4)
+    one = convlora.audit(model, ones)
+    assert one.problems == {"experts.0": NEVER, "experts.1": NEVER}
+    assert "as found with the inputs given" in str(one)
+    assert convlora.audit(model, ones, batches=[-ones]).problems == {"experts.1": NEVER}
+    forms: list[Any] = [ones, (-ones,), {"x": 0 * ones, "shift": 1.0}]
+    assert convlora.audit(model, batches=forms).ok
+    assert convlora.audit(model, batches=iter(forms)).ok
+    assert convlora.audit(model, ones, call=[lambda m: m(-ones)], batches=[0 * ones]).ok
+
+
+@pytest.mark.parametrize("options", [{"call": 3}, {"call": [None]}, {"batches": torch.ones(2, 4)}, {"batches": 3}])
+def test_audit_refuses_what_is_no_call_and_no_list(options: dict[str, Any]) -> None:
+    model = convlora.inject(Experts(), "*", rank=1)
+    with pytest.raises(convlora.ConvLoRAError, match=r"audit: (call|batches)"):
+        convlora.audit(model, **options)
+
+
+class Block(nn.Module):
+    """RepVGG's way: two branches in training, one convolution when deployed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.point = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+        self.deployed = False
+
+    def deploy(self) -> None:
+        if not self.deployed:
+            self.fused = nn.Conv2d(3, 3, 3, padding=1)
+            padded = nn.functional.pad(self.point.weight, (1, 1, 1, 1))
+            self.fused.weight.data = (self.wide.weight + padded).detach()
+            self.fused.bias.data = (self.wide.bias + self.point.bias).detach()
+            del self.wide, self.point
+            self.deployed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused(x) if self.deployed else self.wide(x) + self.point(x)
+
+
+class DeploysInEval(nn.Sequential):
+    def train(self, mode: bool = True) -> DeploysInEval:
+        super().train(mode)
+        if not mode:
+            for block in self:
+                if isinstance(block, Block):
+                    block.deploy()
+        return self
+
+
+class DeploysInForward(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        self[0].deploy()
+        return super().forward(x)
+
+
+class ReplacesInTraining(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self[1] = nn.Conv2d(3, 3, 1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "vanishing", "modes"),
+    [
+        (DeploysInEval, "*", ["0.wide", "0.point"], "eval"),
+        (DeploysInEval, "0.*", ["0.wide", "0.point"], "eval"),
+        (DeploysInForward, "*", ["0.wide", "0.point"], "train and eval"),
+        (DeploysInForward, "0.*", ["0.wide", "0.point"], "train and eval"),
+        (ReplacesInTraining, "*", ["1"], "train"),
+    ],
+)
+@pytest.mark.parametrize("copies", [False, True])
+def test_audit_names_layers_that_the_model_takes_out(
+    kind: type[nn.Sequential], targets: str, vanishing: list[str], modes: str, copies: bool
+) -> None:
+    norm = [nn.BatchNorm2d(3)] if copies else []
+    model = convlora.inject(kind(Block(), nn.Conv2d(3, 3, 1), *norm), targets, rank=1, factors="locon")
+    if copies:
+        convlora.inject(model, targets, rank=1, factors="locon", name="second")
+    before = snapshot(model)
+    report = convlora.audit(model, torch.randn(2, 3, 6, 6))
+    problem = f"the model replaces or deletes it in {modes} mode: exclude it"
+    assert report.problems == dict.fromkeys(vanishing, problem)
+    assert snapshot(model) == before
+    assert not model[0].deployed
+
+
 def test_audit_of_a_sound_model() -> None:
     model = adapted_net()
     state = bits(model)
     report = convlora.audit(model, torch.randn(NET_INPUT))
     assert report.ok
-    assert str(report) == "all 4 adapted layers act in train and eval mode, none is overwritten"
+    said = str(report)
+    assert said.startswith("all 4 adapted layers act in train and eval mode, none is overwritten; ")
+    assert "may read others for other inputs" in said
     assert bits(model) == state

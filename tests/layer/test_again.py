@@ -143,6 +143,7 @@ def composite(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     monkeypatch.setattr(forms, "LEAST_WORK", float("inf"))
     monkeypatch.setattr(forms, "HEAVY", float("inf"))
     monkeypatch.setattr(forms, "WIDE", float("inf"))
+    monkeypatch.setattr(forms, "FEW_PATCHES", float("inf"))
 
     def choose(kept: bool) -> None:
         monkeypatch.setattr("convlora.layer.adapted.forms_again", lambda: not kept and torch.is_grad_enabled())
@@ -338,6 +339,22 @@ def test_a_compiled_layer_with_rank_dropout_trains() -> None:
     randomise(convlora.inject(layer, "*", rank=2, rank_dropout=0.5)).train()
     torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True)(x).sum().backward()
     assert all(p.grad is not None for p in convlora.parameters(layer))
+
+
+def test_factors_on_patches_keep_nothing_more_and_pass_gradcheck_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "FEW_PATCHES", 0)
+    layer = randomise(convlora.inject(nn.Conv2d(4, 5, 3, stride=2, padding=1, dilation=2), "*", rank=1)).double()
+    low_rank = slot_of(layer).low_ranks()["default"]
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    owned = {t.untyped_storage()._cdata for t in (*layer.parameters(), *layer.buffers(), x)}
+    assert kept_bytes(lambda: layer(x), owned) == 0
+
+    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        low_rank._parameters.update(lora_A=a, lora_B=b)  # type: ignore[arg-type]
+        return layer(x)  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(function, (x, low_rank.lora_A, low_rank.lora_B))  # type: ignore[arg-type]
+    assert torch.autograd.gradgradcheck(function, (x, low_rank.lora_A, low_rank.lora_B))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("made", WIDE)

@@ -20,7 +20,13 @@ from convlora.layer.adapted import slot_of
 
 quiet = pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
 INFINITE = float("inf")
-FORMS = {"composite": (INFINITE, INFINITE), "thin": (0, INFINITE), "branches": (0, 0)}  # LEAST_WORK, HEAVY
+# LEAST_WORK, HEAVY, WIDE, FEW_PATCHES
+FORMS = {
+    "composite": (INFINITE, INFINITE, INFINITE, INFINITE),
+    "thin": (0, INFINITE, INFINITE, INFINITE),
+    "branches": (0, 0, 0, INFINITE),
+    "patches": (INFINITE, INFINITE, INFINITE, 0),
+}
 
 
 @pytest.fixture
@@ -28,9 +34,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Choose a form for every layer to which it applies."""
 
     def choose(name: str) -> None:
-        least, heavy = FORMS[name]
-        monkeypatch.setattr(forms, "LEAST_WORK", least)
-        monkeypatch.setattr(forms, "HEAVY", heavy)
+        for limit, value in zip(("LEAST_WORK", "HEAVY", "WIDE", "FEW_PATCHES"), FORMS[name], strict=True):
+            monkeypatch.setattr(forms, limit, value)
         monkeypatch.setattr(forms, "LARGEST_SHARE", INFINITE)
 
     return choose
@@ -74,7 +79,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @quiet
-@pytest.mark.parametrize("form", ["thin", "branches"])
+@pytest.mark.parametrize("form", ["thin", "branches", "patches"])
 @pytest.mark.parametrize("factors", FACTORS)
 @pytest.mark.parametrize("hazard", LAYERS)
 def test_every_layer_has_the_values_and_gradients_of_the_composite(

@@ -284,7 +284,7 @@ def test_full_names_are_compared_without_globbing(monkeypatch: pytest.MonkeyPatc
     def glob(*arguments: object) -> bool:
         raise AssertionError(arguments)
 
-    monkeypatch.setattr("convlora.targets.fnmatchcase", glob)
+    monkeypatch.setattr("convlora.support.patterns.fnmatchcase", glob)
     model = nn.Sequential(*[nn.Sequential(nn.Conv2d(4, 4, 1)) for _ in range(30)])
     convlora.inject(model, [f"{i}.0" for i in range(30)], rank=1, ranks={f"{i}.0": 2 for i in range(30)})
     assert len(convlora.adapter(model).layers) == 30

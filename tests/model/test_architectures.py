@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import convlora
 from convlora.layer.adapted import Adapted, slot_of
 from convlora.model.traversal import adapted_layers
-from convlora.targets import pattern_matches
+from convlora.support.patterns import pattern_matches
 
 pytest.importorskip("spandrel")
 

@@ -915,3 +915,26 @@ def _of_each(rank: int, folder: str) -> None:
 @pytest.mark.skipif(TORCH < (2, 7) or TORCH == (2, 8), reason="there fully_shard cannot run, or sums, on the CPU")
 def test_projections_train_in_several_processes(tmp_path: Path) -> None:
     in_processes(tmp_path, _of_each, str(tmp_path))
+
+
+# --- training checkpoints, and layers that leave -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["batch first", "separate", "own, the model itself", "encoder", "twice"])
+def test_a_training_checkpoint_gives_the_adapter(name: str) -> None:
+    model, x = trained(name), CASES[name].batch()
+    adapter = convlora.adapter(model)
+    config = convlora.adapters(model)["default"]
+    found = Adapter.from_state_dict({f"module.{key}": value for key, value in model.state_dict().items()}, config)
+    assert found.fingerprint == adapter.fingerprint
+    assert {p: (layer.spec, layer.spec.in_parent) for p, layer in found.layers.items()} == {
+        p: (layer.spec, layer.spec.in_parent) for p, layer in adapter.layers.items()
+    }
+    assert torch.equal(output(convlora.load(CASES[name].base(), found), x), output(model, x))
+
+
+def test_an_attention_that_was_replaced_is_missed() -> None:
+    model = trained("batch first")
+    model.attn = nn.MultiheadAttention(16, 2, batch_first=True).requires_grad_(False)
+    with pytest.warns(ConvLoRAWarning, match=r"'attn\.in_proj'.* left the model"):
+        convlora.adapter(model)

@@ -59,7 +59,11 @@ def shard(model: nn.Module, sharding: str) -> nn.Module:
 
 
 def gradients(model: nn.Module, x: Tensor, name: str) -> list[Tensor]:
-    thin = {"LEAST_WORK": 0, "LARGEST_SHARE": 2, "HEAVY": 10**6} if name == "thin" else {"HEAVY": forms.HEAVY}
+    thin = (
+        {"LEAST_WORK": 0, "LARGEST_SHARE": 2, "HEAVY": 10**6, "WIDE": 10**6}
+        if name == "thin"
+        else {"HEAVY": forms.HEAVY}
+    )
     with patch.multiple(forms, **thin):
         model(x).square().mean().backward()
     found = [p.grad for p in convlora.parameters(model)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 import textwrap
@@ -58,6 +59,30 @@ def test_ranks_and_alphas_by_pattern_the_last_match_wins() -> None:
     assert type(model[4]) is nn.ConvTranspose2d
 
 
+def test_rank_zero_of_a_layer_that_is_not_selected_means_nothing(tmp_path: Path) -> None:
+    ranks = {"0": 2, "3": 0, "re:[46]": 0}
+    model = convlora.inject(net(), "0", ranks=ranks, alphas={"0": 6})
+    assert list(convlora.adapter(model).layers) == ["0"]
+    assert slot_of(model[0]).low_rank("default").scale == 3.0
+    convlora.save(model, tmp_path / "a.safetensors")
+    loaded = convlora.load(copy.deepcopy(convlora.remove(copy.deepcopy(model))), tmp_path / "a.safetensors")
+    assert convlora.adapters(loaded)["default"].ranks == ranks
+    again = convlora.inject(net(), config=convlora.adapters(loaded)["default"])
+    assert list(convlora.adapter(again).layers) == ["0"]
+    narrower = convlora.inject(net(), "*", exclude="4", modules_to_save="6", rank=1, ranks={"4": 0, "6": 0})
+    assert list(convlora.adapter(narrower).layers) == ["0", "3"]
+
+
+@pytest.mark.parametrize("ranks", [{"33": 0}, {"1": 0}, {"3": 1}, {"body.*": 0}])
+def test_a_rank_of_no_layer_is_an_error(ranks: dict[str, int]) -> None:
+    """There is no such layer, it is a norm, or it is not selected and has a rank."""
+    model = net()
+    before = snapshot(model)
+    with pytest.raises(convlora.ConvLoRAError, match=f"ranks pattern '{re.escape(next(iter(ranks)))}' matches none"):
+        convlora.inject(model, "0", ranks=ranks)
+    assert snapshot(model) == before
+
+
 def test_rank_scaling_sqrt() -> None:
     model = convlora.inject(nn.Conv2d(64, 64, 3), "*", rank=4, alpha=6, rank_scaling="sqrt")
     assert slot_of(model).low_rank("default").scale == 3.0
@@ -93,7 +118,7 @@ FAILING = {
     "class that selects nothing": ({"targets": [nn.Conv3d]}, "target Conv3d selects no layer"),
     "callable that selects nothing": ({"targets": [lambda name, module: False]}, "selects no layer"),
     "everything excluded": ({"targets": ["0"], "exclude": ["0"]}, "exclude leaves no layer"),
-    "ranks pattern": ({"targets": ["0"], "ranks": {"3": 2}}, "ranks pattern '3' matches none of the selected layers"),
+    "ranks pattern": ({"targets": ["0"], "ranks": {"3": 2}}, "ranks pattern '3' matches none of the layers"),
     "alphas pattern": ({"targets": ["0"], "alphas": {"x": 2}}, "alphas pattern 'x' matches none"),
     "all ranks zero": ({"targets": ["0"], "ranks": {"0": 0}}, "every selected layer has rank 0"),
     "negative rank": ({"targets": ["0"], "rank": -1}, r"rank \(=-1\) must be"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -133,10 +134,46 @@ def test_wrapped_models_use_the_names_of_the_bare_model(saved: Saved, tmp_path: 
 def test_another_base_of_the_same_shapes_gives_a_warning(saved: Saved) -> None:
     _, base, path = saved
     with torch.no_grad():
-        base[3].weight[-1, -1, -1, -1] += 1e-6
-    with pytest.warns(convlora.ConvLoRAWarning, match="another base of the same shapes"):
+        base[3].weight[-1, -1, -1, -1] += 0.5
+    with pytest.warns(convlora.ConvLoRAWarning, match="trained on another base of the same shapes"):
         convlora.load(base, path)
     assert list(convlora.adapters(base)) == ["default"]
+
+
+def test_a_base_that_is_equal_up_to_rounding_gives_none(saved: Saved) -> None:
+    _, base, path = saved
+    before = bits(base)
+    with torch.no_grad():
+        for layer in (base[0], base[3], base[4], base[6]):
+            layer.weight.mul_(3).div_(3)
+    assert bits(base) != before
+    convlora.load(base, path)  # warnings are errors in tests
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_base_in_another_precision_is_said_to_be_one(saved: Saved, dtype: torch.dtype) -> None:
+    _, base, path = saved
+    name = str(dtype).removeprefix("torch.")
+    for model in (copy.deepcopy(base).to(dtype), copy.deepcopy(base).to(dtype).float()):
+        with pytest.warns(convlora.ConvLoRAWarning, match=f"values of {name} here and of float32 there"):
+            convlora.load(model, path)
+
+
+@pytest.mark.parametrize("summary", [None, "", "[", "[1]", '{"dtype":"float32","sums":[1,2]}', '{"dtype":1,"sums":3}'])
+def test_a_file_without_a_summary_of_the_base_that_is_known_reads_as_before(saved: Saved, summary: str | None) -> None:
+    _, base, path = saved
+
+    def change(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        del metadata["base_summary"]
+        if summary is not None:
+            metadata["base_summary"] = summary
+
+    rewrite(path, change)
+    convlora.load(copy.deepcopy(base), path)
+    with torch.no_grad():
+        base[3].weight[-1, -1, -1, -1] += 1e-6
+    with pytest.warns(convlora.ConvLoRAWarning, match="another base of the same shapes, or on another precision"):
+        convlora.load(base, path)
 
 
 def test_the_fingerprint_does_not_see_adapters_or_other_layers(saved: Saved) -> None:
