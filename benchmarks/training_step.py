@@ -1,6 +1,8 @@
 """What a training step costs with adapters: against the frozen net, full fine-tuning, PEFT, LyCORIS and loralib.
 
     python benchmarks/training_step.py
+    python benchmarks/training_step.py --device cuda            # every mode, into training_step_cuda.md
+    python benchmarks/training_step.py --device cuda --dry-run  # each path once on a small net, on any machine
 
 A step is forward and backward to the adapters and to the input. The floor is the frozen net, forward and input gradient
 alone; everything else is a ratio to it. An adapter of LoCon factors needs r/out + r/(in·k²) of a layer's forward and
@@ -40,8 +42,7 @@ from common import (
     time_interleaved,
     write_results,
 )  # fmt: skip
-from lycoris import LycorisNetwork, create_lycoris
-from peft import LoraConfig, inject_adapter_in_model
+from contestants import floor, full, lora, lycoris, ours, peft
 from spandrel.architectures.ESRGAN import ESRGAN
 from spandrel.architectures.SwinIR import SwinIR
 from sr.models import new_span
@@ -52,6 +53,45 @@ import convlora
 from convlora.layer import forms
 
 Layers = nn.Conv2d | nn.Linear
+
+
+MODES = ("float32", "tf32", "bfloat16", "channels_last", "compiled", "graphs")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how a step runs.
+
+    Args:
+        device: "cpu" or "cuda".
+        mode: "float32"; "tf32", its products; "bfloat16", by autocast; "channels_last"; "compiled"; "graphs": compiled,
+            and replayed as CUDA graphs.
+        dry: compile without generating code, so that each path runs once on any machine.
+    """
+
+    device: str = "cpu"
+    mode: str = "float32"
+    dry: bool = False
+
+    def put(self, model: nn.Module, x: Tensor) -> tuple[Any, nn.Module, Tensor]:
+        """What is called, the model, and the input that gets a gradient."""
+        last = {"memory_format": torch.channels_last} if self.mode == "channels_last" else {}
+        model, x = model.to(self.device, **last), x.to(self.device, **last).requires_grad_()
+        if self.mode not in ("compiled", "graphs"):
+            return model, model, x
+        torch.compiler.reset()
+        how = {"backend": "aot_eager"} if self.dry else {"mode": "reduce-overhead" if self.mode == "graphs" else None}
+        return torch.compile(model, **how), model, x
+
+    def __enter__(self) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.mode == "tf32"
+
+    def __exit__(self, *_: object) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.mode == "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -104,63 +144,6 @@ WEIGHED = ("SPAN-48", "RRDB, 3 blocks", "SwinIR-60, all")  # whose memory is mea
 # --- the contestants ----------------------------------------------------------------------------------------------
 
 
-def floor(model: nn.Module, names: list[str], rank: int) -> nn.Module:
-    return model.requires_grad_(False)
-
-
-def full(model: nn.Module, names: list[str], rank: int) -> nn.Module:
-    model.requires_grad_(False)
-    for name in names:
-        model.get_submodule(name).requires_grad_(True)
-    return model
-
-
-def peft(model: nn.Module, names: list[str], rank: int) -> nn.Module:
-    return inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
-
-
-def lycoris(model: nn.Module, names: list[str], rank: int) -> nn.Module:
-    model.requires_grad_(False)
-    LycorisNetwork.apply_preset({"target_module": [], "target_name": names, "enable_conv": True})
-    network = create_lycoris(
-        model, 1.0, linear_dim=rank, linear_alpha=rank, conv_dim=rank, conv_alpha=rank, algo="lora"
-    )
-    network.apply_to()
-    model.register_module("lycoris", network)
-    return model
-
-
-def lora(model: nn.Module, names: list[str], rank: int) -> nn.Module:
-    """Microsoft's loralib, whose layers take the place of those of the net."""
-    model.requires_grad_(False)
-    for name in names:
-        layer = model.get_submodule(name)
-        has_bias = layer.bias is not None
-        if isinstance(layer, nn.Linear):
-            new = loralib.Linear(layer.in_features, layer.out_features, r=rank, lora_alpha=rank, bias=has_bias)
-        else:
-            new = loralib.Conv2d(
-                layer.in_channels, layer.out_channels, layer.kernel_size[0], r=rank, lora_alpha=rank, bias=has_bias,
-                stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups,
-            )  # fmt: skip
-        for parameter in new.parameters():
-            parameter.requires_grad_(False)
-        for part, parameter in new.named_parameters():
-            parameter.requires_grad_("lora_" in part)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new)
-    return model
-
-
-def ours(factors: str) -> Callable[[nn.Module, list[str], int], nn.Module]:
-    def put(model: nn.Module, names: list[str], rank: int) -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", convlora.ConvLoRAWarning)  # depthwise: more parameters than the layer
-            return convlora.inject(model, [f"re:{name}" for name in names], rank=rank, factors=factors)
-
-    return put
-
-
 def form_of(contestant: str) -> AbstractContextManager[Any]:
     """A block in which the library takes the plain composite for every layer, if that is the contestant."""
     if contestant != "composite":
@@ -179,25 +162,29 @@ RANKED: dict[str, Callable[[nn.Module, list[str], int], nn.Module]] = {
 }
 
 
-def step_of(name: str, contestant: str, rank: int) -> tuple[Callable[[], None], nn.Module, Tensor]:
+def step_of(
+    name: str, contestant: str, rank: int, setting: Setting = Setting()
+) -> tuple[Callable[[], None], nn.Module, Tensor]:
     """A step of forward and backward, its model, and its input."""
     net = NETS[name]
     model = net.build()
     names = net.layers(model)
     model = {**FIXED, **RANKED}[contestant](model, names, rank).eval()
-    x = torch.rand(net.shape, requires_grad=True)
     for layer in model.modules():
         if isinstance(layer, loralib.LoRALayer):
             layer.train()  # in eval mode they are merged, and get no gradient
     if contestant in ("convlora", "composite", "locon"):
         for parameter in convlora.parameters(model):
             nn.init.normal_(parameter, std=0.01)
+    called, model, x = setting.put(model, torch.rand(net.shape))
 
     def run() -> None:
-        with form_of(contestant):
+        with setting, form_of(contestant):
             model.zero_grad(set_to_none=True)
             x.grad = None
-            model(x).square().mean().backward()
+            with setting.autocast():
+                y = called(x)
+            y.float().square().mean().backward()
 
     return run, model, x
 
@@ -223,6 +210,14 @@ def bound(name: str, rank: int) -> float:
     with torch.no_grad():
         model(torch.rand(net.shape))
     return 1 + sum(extra for _, extra in works) / sum(work for work, _ in works)
+
+
+def peak_on_gpu(run: Callable[[], None]) -> int:
+    """Bytes of GPU memory that a step takes at most, above what was there."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def kept_bytes(model: nn.Module, x: Tensor, contestant: str) -> int:
@@ -302,13 +297,61 @@ def measure_net(name: str, ranks: list[int], rounds: int, threads: int, memory: 
     return [rows, data], memories
 
 
+def on_gpu(modes: list[str], nets: list[str], ranks: list[int], rounds: int, dry: bool, out: Path | None) -> None:
+    """The table of every mode on a GPU; dry, one round of a small net, and nothing is written."""
+    settle(torch.get_num_threads())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not dry:
+        raise SystemExit("no GPU; --dry-run runs every path on a CPU")
+    facts = facts_of_run("torch", "convlora", "peft", "lycoris-lora", "loralib", "spandrel", "torchvision")
+    facts["gpu"] = torch.cuda.get_device_name() if device == "cuda" else None
+    if dry:
+        nets, ranks, rounds = ["SPAN-26"], ranks[:1], 1
+    columns = ("net", "rank", "floor, ms", "full", *RANKED, "peak MiB: floor", "full", *RANKED)
+    notes = (
+        f"Medians of {rounds} interleaved rounds over the floor's; peak memory of a step above weights and adapters."
+    )
+    sections = [Section(f"A training step on a GPU, {mode}", notes, columns) for mode in modes]
+    for mode, section in zip(modes, sections, strict=True):
+        for name in nets:
+            for rank in ranks if NETS[name].ranks is None else [r for r in ranks if r in NETS[name].ranks]:
+                section.rows.append(gpu_row(name, rank, Setting(device, mode, dry), rounds))
+                print(mode, *section.rows[-1], sep=" | ", flush=True)
+                if not dry:
+                    command = shlex.join(["python", "benchmarks/training_step.py", *sys.argv[1:]])
+                    written = [part for part in sections if part.rows]
+                    write_results(out or RESULTS / "training_step_cuda.json", command, facts, written)
+
+
+def gpu_row(name: str, rank: int, setting: Setting, rounds: int) -> tuple[str, ...]:
+    steps: dict[str, Callable[[], None]] = {}
+    peaks: dict[str, int] = {}
+    for contestant in (*FIXED, *RANKED):
+        try:
+            run, _, _ = step_of(name, contestant, rank, setting)
+            run()
+            peaks[contestant] = peak_on_gpu(run) if setting.device == "cuda" else 0
+            steps[contestant] = run
+        except Exception:
+            if contestant in ("floor", "full", "convlora", "composite", "locon"):
+                raise
+    cases = [TimedCase(contestant, lambda _, run=run: run()) for contestant, run in steps.items()]
+    times = time_interleaved(f"{name}, {setting.mode}", cases, rounds)
+    base = times["floor"]
+    over = [f"{times[c].over(base).wall:.2f}" if c in times else "fails" for c in ("full", *RANKED)]
+    memory = [f"{peaks[c] / 2**20:.0f}" if c in peaks else "" for c in (*FIXED, *RANKED)]
+    return name, str(rank), milliseconds(base.median), *over, *memory
+
+
 def main(
     threads: Annotated[list[int] | None, typer.Option(help="CPU threads; may be repeated, else 1 and 2.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of timing.", min=1)] = 7,
     net: Annotated[list[str] | None, typer.Option(help="Networks, else all.")] = None,
     ranks: Annotated[str, typer.Option(help="Ranks, separated by commas.")] = "2,4,8,16",
-    out: Annotated[Path, typer.Option(help="Results as JSON, and beside it as Markdown.")] = RESULTS
-    / "training_step.json",
+    out: Annotated[Path | None, typer.Option(help="Results as JSON, and beside it as Markdown.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: every mode, memory of the GPU.")] = "cpu",
+    mode: Annotated[list[str] | None, typer.Option(help=f"On a GPU, of {', '.join(MODES)}; else all.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Each path once, on a small net; no results.")] = False,
     measure: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """A training step with adapters beside the frozen net and other libraries."""
@@ -317,6 +360,10 @@ def main(
         name, contestant, rank = measure.split("|")
         print(peak_memory(step_of(name, contestant, int(rank))[0]))
         return
+    if device != "cpu" or dry_run:
+        on_gpu(mode or list(MODES), net or list(NETS), [int(rank) for rank in ranks.split(",")], rounds, dry_run, out)
+        return
+    out = out or RESULTS / "training_step.json"
     facts = facts_of_run("torch", "convlora", "peft", "lycoris-lora", "loralib", "spandrel", "torchvision")
     command = shlex.join(["python", "benchmarks/training_step.py", *sys.argv[1:]])
     chosen = [int(rank) for rank in ranks.split(",")]

@@ -20,6 +20,7 @@ from convlora.factors.base import register_factors as register_factors
 from convlora.inspect.allocate import allocate_ranks as allocate_ranks
 from convlora.inspect.report import audit as audit
 from convlora.inspect.report import summary as summary
+from convlora.model.groups import parameter_groups as parameter_groups
 from convlora.model.inject import inject as inject
 from convlora.model.inject import remove as remove
 from convlora.model.outside import changed as changed

@@ -14,7 +14,7 @@ from convlora.factors.base import PROJECTIONS
 from convlora.layer.adapted import CHILD, peek_base_tensor, why_not
 from convlora.layer.loading import AdapterTensors
 from convlora.layer.projection import Projection
-from convlora.support.patterns import checked_match, is_literal, nearest_names
+from convlora.support.patterns import NameIndex, checked_match, is_literal, nearest_names
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -60,13 +60,14 @@ def select_layers(
         ConvLoRAError: a target selects nothing, or names by a pattern without wildcard what cannot be adapted.
     """
     named = list(named_layers(model))
+    modules, index = dict(named), NameIndex(name for name, _ in named)
     reasons = {id(module): why_not(module) for _, module in named}
     adaptable = {name: module for name, module in named if reasons[id(module)] is None}
     # The modules of a norm or of an adapter are parts of a layer, not what a name without wildcard means.
     parts = {id(part) for module in adaptable.values() for part in module.modules()}
     selected: set[int] = set()
     for target in targets:
-        hits = [(name, module) for name, module in named if target_selects(target, name, module, operation)]
+        hits = [(name, modules[name]) for name in _selected(target, modules, index, operation)]
         if isinstance(target, str) and is_literal(target):
             meant = [hit for hit in hits if hit[0] == target] or hits  # a full name means that layer first
             for name, module in meant:
@@ -85,7 +86,8 @@ def select_layers(
         selected |= found
     idle: list[Target] = []
     for target in exclude:
-        found = {id(module) for name, module in adaptable.items() if target_selects(target, name, module, operation)}
+        names = _selected(target, modules, index, operation)
+        found = {id(modules[name]) for name in names if name in adaptable}
         if not found:
             idle.append(target)
         selected -= found
@@ -106,9 +108,10 @@ def select_modules(model: nn.Module, targets: Sequence[Target], operation: str, 
         ConvLoRAError: a target selects nothing.
     """
     named = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if not is_part_of_adapter(name)]
+    by_name, index = dict(named), NameIndex(name for name, _ in named)
     selected: set[int] = set()
     for target in targets:
-        hits = [(name, m) for name, m in named if target_selects(target, name, m, operation)]
+        hits = [(name, by_name[name]) for name in _selected(target, by_name, index, operation)]
         if isinstance(target, str) and is_literal(target):
             hits = [hit for hit in hits if hit[0] == target] or hits  # a full name means that module first
         if not hits:
@@ -126,6 +129,13 @@ def select_modules(model: nn.Module, targets: Sequence[Target], operation: str, 
 def describe_target(target: Target) -> str:
     """A target as error messages show it."""
     return repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
+
+
+def _selected(target: Target, modules: Mapping[str, nn.Module], index: NameIndex, operation: str) -> list[str]:
+    """The names of the modules that a target of any form selects."""
+    if isinstance(target, str):
+        return index.matching(target, operation)
+    return [name for name, module in modules.items() if target_selects(target, name, module, operation)]
 
 
 def target_selects(target: Target, name: str, module: nn.Module, operation: str) -> bool:

@@ -18,7 +18,7 @@ WIDTH = 110
 SECTIONS = [  # title, module, names
     ("Adapters on a model", "convlora", (
         "inject", "remove", "merge", "unmerge", "merged", "disabled", "activate", "using", "per_sample",
-        "adapters", "parameters", "freeze", "changed", "summary", "audit", "allocate_ranks",
+        "adapters", "parameters", "parameter_groups", "freeze", "changed", "summary", "audit", "allocate_ranks",
     )),
     ("Adapters as files and values", "convlora", (
         "save", "load", "merged_state_dict", "adapter", "Adapter", "AdapterConfig",

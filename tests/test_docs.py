@@ -22,13 +22,15 @@ import convlora
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
-    *("README.md", "SECURITY.md", "docs/api.md", "docs/other_code.md", "docs/versions.md"),
+    *("README.md", "SECURITY.md", "docs/api.md", "docs/other_code.md", "docs/trainers.md", "docs/versions.md"),
     *("benchmarks/README.md", "examples/weights/README.md"),
 ]
+TRAINERS = [f"convlora.integrations.{name}" for name in ("lightning", "transformers", "ultralytics")]  # see there
 MODULES = [
     "convlora",
-    *(m.name for m in pkgutil.walk_packages(convlora.__path__, "convlora.") if "__main__" not in m.name),
+    *(m.name for m in pkgutil.walk_packages(convlora.__path__, "convlora.")),
 ]
+MODULES = [name for name in MODULES if "__main__" not in name and name not in TRAINERS]
 
 
 def make_api() -> ModuleType:
@@ -168,7 +170,7 @@ def test_what_the_library_imports_it_declares() -> None:
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.partition(".")[0])
-    optional = {"huggingface_hub"}  # the extra `hub`, with an error that says so
+    optional = {"huggingface_hub", "lightning", "pytorch_lightning", "transformers", "ultralytics"}  # extras, told so
     assert imported - set(sys.stdlib_module_names) - {"convlora"} - optional == set(bounds())
 
 

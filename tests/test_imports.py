@@ -22,7 +22,7 @@ FLOORS = (
     ["adapter", "layer"],
     ["targets"],
     ["model"],
-    ["inspect", "distill", "formats", "card"],
+    ["inspect", "distill", "formats", "card", "integrations"],
     ["hub"],
     ["cli"],
 )
@@ -98,7 +98,8 @@ def test_public_names_are_those_of_the_contract() -> None:
     assert public == {
         "inject", "remove", "merge", "unmerge", "merged", "disabled", "activate", "per_sample", "adapters",
         "parameters", "summary", "audit", "allocate_ranks", "save", "load", "adapter", "AdapterConfig", "Adapter",
-        "register_factors", "using", "merged_state_dict", "freeze", "changed", "ConvLoRAError", "ConvLoRAWarning",
+        "register_factors", "using", "merged_state_dict", "freeze", "changed", "parameter_groups", "ConvLoRAError",
+        "ConvLoRAWarning",
     }  # fmt: skip
 
 

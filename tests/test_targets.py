@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fnmatch import fnmatchcase
 
 import pytest
@@ -11,7 +12,9 @@ from oracle import net
 from torch import nn
 
 import convlora
-from convlora.support.patterns import nearest_names, pattern_matches
+from convlora import targets
+from convlora.support import patterns
+from convlora.support.patterns import NameIndex, nearest_names, pattern_matches, values_by_layer
 
 
 class Block(nn.Module):
@@ -122,3 +125,27 @@ def test_nearest_compares_like_with_like() -> None:
 def test_classes_and_callables_become_names_in_the_config() -> None:
     model = convlora.inject(net(), [nn.Linear, lambda name, module: name == "0"], rank=1)
     assert convlora.adapters(model)["default"].targets == ("0", "6")
+
+
+NAMES = ["", "a", "a.b", "b.a", "a.b.a", "a.b_c", "x.a*b", "x.re:a", "a.[b]", "a-b.c d", "ab", "B.a"]
+PATTERNS = [*NAMES, "a*", "*.a", "?", "[ab]", "re:a", "re:a.b", r"re:a\.b", r"re:a\.b_c", "re:.*", r"re:\w",
+            r"re:x\.a\*b", ".a", "a.", "b", "c d", r"re:a\-b\.c\ d", "re:", r"re:a|ab", "A"]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_an_index_selects_what_patterns_match(pattern: str) -> None:
+    assert NameIndex(NAMES).matching(pattern, "test") == [name for name in NAMES if pattern_matches(pattern, name)]
+
+
+def test_thousands_of_exact_targets_are_not_compared_with_thousands_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(1000)))
+    exact = [rf"re:{i}\.0" if i % 2 else f"{i}.0" for i in range(1000)]
+    compared = itertools.count()
+    monkeypatch.setattr(patterns, "pattern_matches", lambda *given: (next(compared), pattern_matches(*given))[1])
+    layers, idle = targets.select_layers(model, exact, exact[:10], "test")
+    assert (len(layers), idle) == (990, [])
+    saved = targets.select_modules(model, [rf"re:{i}\.1" for i in range(1000)], "test", "modules_to_save")
+    assert len(saved) == 1000
+    ranks = values_by_layer({f"{i}.0": i for i in range(10, 1000)}, 0, layers, "test", "ranks")
+    assert list(ranks.values()) == list(range(10, 1000))
+    assert next(compared) == 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +20,8 @@ from convlora.adapter.parts import (
     LayerFactors,
     at_least_float32,
     base_key,
-    layer_delta,
     tensor_key,
+    unscaled_delta,
 )
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
@@ -28,55 +29,169 @@ from convlora.factors.base import PROJECTIONS, WeightSpec
 from convlora.factors.fuse import fuse_weight, fuse_weight_exactly, is_finite, mixture
 from convlora.factors.svd import rank_chooser
 from convlora.support.progress import counted_steps
+from convlora.support.tensorfile import BLOCK, RenamedTensors, flat_parts, shapes_of
 
 OPERATION = "Adapter.extract"
 A = TypeVar("A", bound=AdapterParts)
 
 
-def apply_adapters(
+@dataclass(frozen=True)
+class MergedEntry:
+    """An entry of a merged checkpoint, computed when it is asked for: whole, or block by block with the same values.
+
+    Args:
+        name: in the checkpoint.
+        shape: of the entry.
+        dtype: of the entry.
+        state: the checkpoint that is merged into.
+        changes: adapter, layer and strength of each update; in a model they are summed before the one rounding.
+        copies: what takes the entry's place, by strength.
+        exact: see `Adapter.apply_to`.
+        problems: where non-finite values are named.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    state: Mapping[str, Any]
+    changes: Sequence[tuple[AdapterParts, LayerFactors, float]]
+    copies: Sequence[tuple[Tensor, float]]
+    exact: bool
+    problems: Problems
+
+    def whole(self) -> Tensor:
+        """All of it, `shape`."""
+        if self._is_copy:
+            base: Any = self.state.get(self.name)
+            copy = self.copies[-1][0]
+            return self._checked(copy.clone() if base is None else copy.to(base.device, self.dtype, copy=True))
+        updates = [delta * gain for delta, gain in map(self._update, self.changes)]
+        return self._checked(self._fused(self.state[self.name].detach(), updates, [copy for copy, _ in self.copies]))
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Its elements in C order, `BLOCK` of them at a time; of all that is computed only ΔW is in memory whole."""
+        copies = [copy.reshape(-1) for copy, _ in self.copies]
+        updates = [] if self._is_copy else [(d.reshape(-1), gain) for d, gain in map(self._update, self.changes)]
+        base = None if self._is_copy else flat_parts(self.state, self.name)
+        for start in range(0, math.prod(self.shape), BLOCK):
+            stop = min(start + BLOCK, math.prod(self.shape))
+            parts = [copy[start:stop] for copy in copies]
+            if base is None:
+                yield self._checked(parts[-1].to(self.dtype))
+            else:
+                scaled = [delta[start:stop] * gain for delta, gain in updates]
+                yield self._checked(self._fused(base(start, stop), scaled, parts))
+
+    @property
+    def _is_copy(self) -> bool:
+        """Whether it is a copy as it is: one that acts alone and whole, or one that cannot be mixed."""
+        alone = len(self.copies) == 1 and not self.changes and self.copies[0][1] == 1
+        return bool(self.copies) and (alone or not self.copies[-1][0].is_floating_point())
+
+    def _update(self, change: tuple[AdapterParts, LayerFactors, float]) -> tuple[Tensor, float]:
+        """An update, and what it is to be multiplied with."""
+        adapter, layer, strength = change
+        if self.name.endswith("weight"):
+            gain = strength * adapter.config.scale(layer.rank, layer.alpha)
+            return unscaled_delta(adapter.config, layer, self.exact), gain
+        delta = layer.tensors[BIAS_DELTA]
+        return delta.double() if self.exact else at_least_float32(delta), strength
+
+    def _fused(self, base: Tensor, updates: Sequence[Tensor], copies: Sequence[Tensor]) -> Tensor:
+        """`base` with updates and copies, element by element."""
+        strengths = [strength for _, strength in self.copies]
+        stored = [(c.to(base.device, base.dtype), s) for c, s in zip(copies, strengths, strict=True)]
+        start, mixed_in = mixture(base, stored, self.exact)
+        fuse = fuse_weight_exactly if self.exact else fuse_weight
+        return fuse(start, [*(update.to(base.device) for update in updates), *mixed_in])
+
+    def _checked(self, values: Tensor) -> Tensor:
+        known = self.name in self.problems.non_finite
+        if not known and values.is_floating_point() and not is_finite(values):
+            self.problems.non_finite.append(self.name)
+        return values
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A checkpoint with adapters merged into it, decided but not yet computed.
+
+    Args:
+        entries: what is not as in the checkpoint, by its name; aliases of one module share an entry.
+        problems: what stands against it; complete once every entry has been computed.
+    """
+
+    entries: dict[str, MergedEntry]
+    problems: Problems
+
+    def refuse_problems(self) -> None:
+        """
+        Raises:
+            ConvLoRAError: a value is not finite, or a copy of another shape is to be mixed.
+        """
+        self.problems.raise_if_any("Adapter.apply_to")
+
+
+def plan_merge(
     strengths: Sequence[tuple[AdapterParts, float]], state_dict: Mapping[str, Any], exact: bool = False
-) -> dict[str, Any]:
-    """See `Adapter.apply_to`; of several adapters the updates are summed before the one rounding, as in a model."""
+) -> MergePlan:
+    """What `apply_adapters` computes; of a `TensorFile` nothing but the header is read.
+
+    Raises:
+        ConvLoRAError: an adapter does not fit, or a strength is not finite.
+    """
     if not isinstance(state_dict, Mapping):
         raise ConvLoRAError(f"Adapter.apply_to: expected a state dict, got {type(state_dict).__name__}")
-    copies = {  # a module of several paths is one layer
+    aliases = {  # a module of several paths is one layer
         base_key(alias, kind, state_dict, layer.spec): base_key(path, kind, state_dict, layer.spec)
         for adapter, _ in strengths
         for path, layer in adapter.layers.items()
         for kind in _kinds(layer)
         for alias in layer.aliases
     }
+    shapes = shapes_of(state_dict)
     changes: dict[str, dict[int, tuple[AdapterParts, LayerFactors, float]]] = {}
     for number, (adapter, strength) in enumerate(strengths):
         if not is_number(strength):
             raise ConvLoRAError(f"Adapter.apply_to: strength (={strength!r}) must be a finite number")
-        state_dict_misfits(adapter, state_dict).raise_if_any("Adapter.apply_to")
+        state_dict_misfits(adapter, shapes).raise_if_any("Adapter.apply_to")
         for path, layer in adapter.layers.items():
             for kind in _kinds(layer):
                 name = base_key(path, kind, state_dict, layer.spec)
-                name = copies.get(name, name)
+                name = aliases.get(name, name)
                 changes.setdefault(name, {}).setdefault(number, (adapter, layer, strength))
-    problems = Problems()
-    merged: dict[str, Tensor] = {}
+    plan = MergePlan({}, Problems())
     mixed = _copies(strengths)
-    for name in counted_steps(dict.fromkeys([*changes, *mixed])):
-        base: Any = state_dict.get(name)
-        parts, owned = changes.get(name, {}), mixed.get(name, [])
-        if owned and (not owned[-1][0].is_floating_point() or (len(owned) == 1 and not parts and owned[0][1] == 1)):
-            whole = owned[-1][0]
-            merged[name] = whole.clone() if base is None else whole.to(base.device, base.dtype, copy=True)
-        elif owned and (base is None or any(copy.shape != base.shape for copy, _ in owned)):
-            problems.mismatched.append(f"{name} has another shape than the base's: a copy acts at strength 1 and alone")
-            continue
+    for name in dict.fromkeys([*changes, *mixed]):
+        parts, owned = [*changes.get(name, {}).values()], mixed.get(name, [])
+        shape, dtype = _shape_and_dtype(shapes.get(name), owned)
+        entry = MergedEntry(name, shape, dtype, state_dict, parts, owned, exact, plan.problems)
+        base: Any = shapes.get(name)
+        if owned and not entry._is_copy and (base is None or any(copy.shape != base.shape for copy, _ in owned)):
+            plan.problems.mismatched.append(
+                f"{name} has another shape than the base's: a copy acts at strength 1 and alone"
+            )
         else:
-            updates = [_change(name, *part, exact).to(base.device) for part in parts.values()]
-            stored = [(copy.to(base.device, base.dtype), share) for copy, share in owned]
-            start, mixed_in = mixture(base.detach(), stored, exact)
-            merged[name] = (fuse_weight_exactly if exact else fuse_weight)(start, [*updates, *mixed_in])
-        if merged[name].is_floating_point() and not is_finite(merged[name]):
-            problems.non_finite.append(name)
-    problems.raise_if_any("Adapter.apply_to")
-    merged.update({alias: merged[name] for alias, name in copies.items()})
+            plan.entries[name] = entry
+    plan.entries.update({alias: plan.entries[name] for alias, name in aliases.items() if name in plan.entries})
+    return plan
+
+
+def _shape_and_dtype(base: Any, copies: Sequence[tuple[Tensor, float]]) -> tuple[tuple[int, ...], torch.dtype]:
+    """Of an entry: the base's, but the shape of what takes its place."""
+    values = copies[-1][0] if copies else base
+    return tuple(values.shape), values.dtype if base is None else base.dtype
+
+
+def apply_adapters(
+    strengths: Sequence[tuple[AdapterParts, float]], state_dict: Mapping[str, Any], exact: bool = False
+) -> dict[str, Any]:
+    """See `Adapter.apply_to`; of several adapters the updates are summed before the one rounding, as in a model."""
+    plan = plan_merge(strengths, state_dict, exact)
+    distinct = {id(entry): entry for entry in plan.entries.values()}
+    computed = {number: distinct[number].whole() for number in counted_steps(distinct)}
+    plan.refuse_problems()
+    merged = {name: computed[id(entry)] for name, entry in plan.entries.items()}
     result = OrderedDict((name, merged.get(name, value)) for name, value in state_dict.items())
     result.update({name: value for name, value in merged.items() if name not in result})  # a bias that the base lacks
     if hasattr(state_dict, "_metadata"):  # the versions of torch's modules
@@ -123,12 +238,6 @@ def _kinds(layer: LayerFactors) -> tuple[str, ...]:
     return ("weight", "bias") if BIAS_DELTA in layer.tensors else ("weight",)
 
 
-def _change(name: str, adapter: AdapterParts, layer: LayerFactors, strength: float, exact: bool) -> Tensor:
-    if name.endswith("weight"):
-        return layer_delta(adapter.config, layer, strength, exact)
-    return (layer.tensors[BIAS_DELTA].double() if exact else at_least_float32(layer.tensors[BIAS_DELTA])) * strength
-
-
 def extract_adapter(
     make: type[A],
     base: Mapping[str, Any],
@@ -145,13 +254,15 @@ def extract_adapter(
     config = AdapterConfig(targets="*", factors=factors, name=name)
     differing, left_out = _compare(base, tuned)
     layers, errors = {}, {}
-    for path, spec in counted_steps(_layers(base, tuned, differing, specs or {}).items()):
+    shapes = shapes_of(base), shapes_of(tuned)
+    for path, spec in counted_steps(_layers(*shapes, differing, specs or {}).items()):
         weight, bias = (base_key(path, kind, base, spec) for kind in ("weight", "bias"))
         fit = factorization.fit(spec.to_convolution(_difference(base, tuned, weight)), spec, choose)
         tensors = dict(fit.factors)
-        if bias in differing and tuple(base[bias].shape) == (spec.out_channels,):
+        like: Any = shapes[0].get(bias)
+        if bias in differing and like.is_floating_point() and tuple(like.shape) == (spec.out_channels,):
             tensors[BIAS_DELTA] = _difference(base, tuned, bias)
-        dtype = torch.float64 if base[weight].dtype == tuned[weight].dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if shapes[0][weight].dtype == shapes[1][weight].dtype == torch.float64 else torch.float32
         tensors = {n: t.to("cpu", dtype) for n, t in tensors.items()}
         layers[path] = LayerFactors(tensors, spec, fit.rank, alpha_of_scale_one(config, fit.rank))
         errors[path] = fit.error
@@ -167,7 +278,9 @@ def extract_adapter(
         make,
         config,
         layers,
-        fingerprint=base_fingerprint({p: base[base_key(p, "weight", base, layers[p].spec)] for p in layers}),
+        fingerprint=base_fingerprint(
+            RenamedTensors(base, {p: base_key(p, "weight", base, layer.spec) for p, layer in layers.items()})
+        ),
         errors=errors,
     )
 

@@ -77,13 +77,17 @@ def base_digest(weights: Mapping[str, Tensor]) -> str | None:
     """
     digest = hashlib.sha256()
     for path in sorted(weights):
-        weight = weights[path]
-        if weight.is_meta:
+        line = _line(path, weights[path])  # one after the other: they may be read from a file
+        if line is None:
             return None
-        crc = zlib.crc32(tensor_bytes(weight))
-        name = f"{path}.weight" if path else "weight"
-        digest.update(f"{name}|{weight.dtype}|{tuple(weight.shape)}|{crc}\n".encode())
+        digest.update(line.encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _line(path: str, weight: Tensor) -> str | None:
+    name = f"{path}.weight" if path else "weight"
+    described = f"{name}|{weight.dtype}|{tuple(weight.shape)}"
+    return None if weight.is_meta else f"{described}|{zlib.crc32(tensor_bytes(weight))}\n"
 
 
 def base_fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint | None:
@@ -112,10 +116,11 @@ def compare_bases(adapted: str, weights: Mapping[str, Tensor]) -> BaseMatch:
         >>> [compare_bases(trained_on, {"conv": w}).kind for w in (weight, weight / 3 * 3, weight.half(), weight + 0.1)]
         ['same', 'rounding', 'precision', 'other']
     """
-    if adapted == base_digest(weights):
+    digest = base_digest(weights)
+    if adapted == digest:
         return BaseMatch("same")
     known = getattr(adapted, "summary", None)
-    ours = None if known is None or any(weight.is_meta for weight in weights.values()) else _summary(weights)
+    ours = None if known is None or digest is None else _summary(weights)
     if known is None or ours is None:
         return BaseMatch("other")
     (there, theirs), (here, sums) = summary_from_json(known), summary_from_json(ours)
@@ -147,8 +152,8 @@ def _summary(weights: Mapping[str, Tensor]) -> str | None:
     """JSON `{"dtype": that of the values, "sums": [SUMS numbers]}`; None for weights that are not finite."""
     folded = torch.zeros(_COLUMNS, dtype=torch.float64, device="cpu")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for path, weight in sorted(weights.items()):
-            folded += _folded(zlib.crc32(path.encode()), weight.detach().to("cpu", torch.float32).reshape(-1))
+        for path in sorted(weights):
+            folded += _folded(zlib.crc32(path.encode()), weights[path].detach().to("cpu", torch.float32).reshape(-1))
         sums = folded @ _signs(_COLUMNS * SUMS, "columns").view(_COLUMNS, SUMS).double()
     if not bool(sums.isfinite().all()):
         return None
@@ -186,14 +191,14 @@ def _signs(count: int, key: str) -> Tensor:
 def _dtype_of_values(weights: Mapping[str, Tensor]) -> str:
     """The coarsest dtype that holds all values: weights that went through a file in half precision keep its values."""
     for name, dtype in _DTYPES.items():
-        if all(_holds(dtype, weight.detach()) for weight in weights.values()):
+        if all(_holds(dtype, weights[path].detach()) for path in weights):
             return name
-    widest = max((weight.dtype for weight in weights.values()), key=lambda dtype: dtype.itemsize)
+    widest = max((weights[path].dtype for path in weights), key=lambda dtype: dtype.itemsize)
     return str(widest).removeprefix("torch.")
 
 
 def _holds(dtype: torch.dtype, weight: Tensor) -> bool:
     if weight.dtype == dtype:
         return True
-    first = weight.reshape(-1)[:4096]  # tells nearly always
-    return all(torch.equal(values.to(dtype).to(values.dtype), values) for values in (first, weight))
+    parts = torch.split(weight.reshape(-1), _COLUMNS * _ROWS)  # the first tells nearly always
+    return all(torch.equal(values.to(dtype).to(values.dtype), values) for values in parts)

@@ -78,9 +78,13 @@ class AdapterParts:
 
 def layer_delta(config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False) -> Tensor:
     """ΔW of a layer with its scale and a strength, in the computation and the order of an adapted layer."""
+    return unscaled_delta(config, layer, exact) * (strength * config.scale(layer.rank, layer.alpha))
+
+
+def unscaled_delta(config: AdapterConfig, layer: LayerFactors, exact: bool = False) -> Tensor:
+    """What `layer_delta` multiplies by scale and strength."""
     factors = {name: t.double() if exact else at_least_float32(t) for name, t in layer.tensors.items()}
-    delta = layer.spec.from_convolution(get_factors(config.factors).delta(factors, layer.spec))
-    return delta * (strength * config.scale(layer.rank, layer.alpha))
+    return layer.spec.from_convolution(get_factors(config.factors).delta(factors, layer.spec))
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from convlora.adapter.checkpoint import layer_of_weight
 from convlora.adapter.parts import LayerFactors
 from convlora.factors.base import WeightSpec
 from convlora.formats import specs_from_checkpoint, specs_of
+from convlora.support.tensorfile import shapes_of
 from convlora.targets import named_layers
 
 
@@ -31,7 +32,11 @@ def recognise_architecture(state: Mapping[str, Any]) -> Architecture | None:
         return None
     spandrel = importlib.import_module("spandrel")
     try:
-        descriptor = spandrel.ModelLoader(device="cpu").load_from_state_dict(dict(state))
+        loader = spandrel.ModelLoader(device="cpu")
+        shapes = spandrel.canonicalize_state_dict(dict(shapes_of(state)))  # a large file is read only if it is known
+        if not any(support.detect(shapes) for support in loader.registry.architectures("detection")):
+            return None
+        descriptor = loader.load_from_state_dict(dict(state))
     except Exception:  # each architecture raises its own for weights that only look like it
         return None
     return Architecture(descriptor.architecture.name, descriptor.model)
@@ -40,7 +45,7 @@ def recognise_architecture(state: Mapping[str, Any]) -> Architecture | None:
 def layers_of(state: Mapping[str, Any]) -> dict[str, WeightSpec]:
     """The layers of a checkpoint, and those of its network where it is known: their names may differ."""
     known = recognise_architecture(state)
-    return {**specs_from_checkpoint(state), **(specs_of(known.model) if known else {})}
+    return {**specs_from_checkpoint(shapes_of(state)), **(specs_of(known.model) if known else {})}
 
 
 def with_checkpoint_names(adapter: Adapter, state: Mapping[str, Any]) -> Adapter:

@@ -20,6 +20,7 @@ from convlora.errors import ConvLoRAError, one_line
 from convlora.formats import specs_of
 from convlora.formats.checkpoints import Checkpoint
 from convlora.support.patterns import nearest_names
+from convlora.support.tensorfile import RenamedTensors, shapes_of
 
 
 def read_adapter(
@@ -73,8 +74,9 @@ def fit_to_base(adapter: Adapter, state: Mapping[str, Any], file: Path, base: Pa
     Raises:
         ConvLoRAError: it does not fit; all that is missing or mismatched is listed.
     """
-    placed = with_checkpoint_names(adapter, state) if state_dict_misfits(adapter, state) else adapter
-    problems = state_dict_misfits(placed, state)
+    shapes = shapes_of(state)
+    placed = with_checkpoint_names(adapter, state) if state_dict_misfits(adapter, shapes) else adapter
+    problems = state_dict_misfits(placed, shapes)
     if problems:
         remedy = f"; {nearest_names(problems.missing[0], state)}" if problems.missing else ""
         raise ConvLoRAError(f"{command}: '{file}' does not fit '{base}': {problems}{remedy}")
@@ -86,10 +88,12 @@ def match_base(adapter: Adapter, placed: Adapter, state: Mapping[str, Any]) -> B
     if adapter.fingerprint is None:
         return None
     keys = [base_key(path, "weight", state, layer.spec) for path, layer in placed.layers.items()]
-    weights = {path: state[key] for path, key in zip(adapter.layers, keys, strict=True)}
-    read = {path: weight.to(torch.float32) for path, weight in weights.items()}
-    as_read = compare_bases(adapter.fingerprint, read)
-    return as_read if as_read.kind == "same" else compare_bases(adapter.fingerprint, weights)
+    names = dict(zip(adapter.layers, keys, strict=True))
+    stored = compare_bases(adapter.fingerprint, RenamedTensors(state, names))
+    if stored.kind == "same":
+        return stored
+    as_read = compare_bases(adapter.fingerprint, RenamedTensors(state, names, torch.float32))
+    return as_read if as_read.kind == "same" else stored
 
 
 def describe_match(match: BaseMatch, file: Path, base: Path) -> str:

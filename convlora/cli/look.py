@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from convlora import formats
 from convlora.adapter.adapter import Adapter
 from convlora.adapter.algebra import dense_delta
-from convlora.adapter.checkpoint import apply_adapters
+from convlora.adapter.checkpoint import plan_merge
 from convlora.adapter.parts import BIAS_DELTA, LayerFactors, tensor_key
 from convlora.cli.architecture import recognise_architecture
 from convlora.cli.console import emit, progress
@@ -236,8 +237,11 @@ def _against(adapter: Adapter, file: Path, checkpoint: Checkpoint, base: Path) -
     state = checkpoint.fitting(adapter.layers).state
     try:
         placed = fit_to_base(adapter, state, file, base, "verify")
+        plan = plan_merge([(placed, 1.0)], state)
         with progress("merging"):
-            apply_adapters([(placed, 1.0)], state)
+            for entry in counted_steps({id(entry): entry for entry in plan.entries.values()}.values()):
+                collections.deque(entry.blocks(), maxlen=0)  # which names what is not finite
+        plan.refuse_problems()
     except ConvLoRAError as error:
         return {"fits": {"ok": False, "what": _cause(error)}}
     match = match_base(adapter, placed, state)

@@ -12,7 +12,7 @@ import typer
 
 from convlora import formats
 from convlora.adapter.adapter import Adapter
-from convlora.adapter.checkpoint import apply_adapters
+from convlora.adapter.checkpoint import plan_merge
 from convlora.adapter.parts import base_key
 from convlora.cli.architecture import layers_of
 from convlora.cli.console import emit, progress
@@ -32,6 +32,7 @@ from convlora.cli.options import Adapters, Base, BaseOption, Energy, File, Force
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.formats.checkpoints import SAFETENSORS, SUFFIXES, Checkpoint
 from convlora.support.table import text_table
+from convlora.support.tensorfile import shapes_of
 
 ROUNDING = 1e-6  # of float32 factors: an error below it is none
 NEEDED = {"peft": "locon", "locon": "locon", "loralib": "convlora"}  # the factorization that a format can hold
@@ -67,16 +68,16 @@ def merge(
     checkpoint = checkpoint.fitting([path for adapter in loaded for path in adapter.layers])
     state = checkpoint.state
     placed = [fit_to_base(adapter, state, file, base, "merge") for adapter, file in zip(loaded, adapters, strict=True)]
-    with progress("merging"):
-        merged = apply_adapters(list(zip(placed, strengths, strict=True)), state)
+    plan = plan_merge(list(zip(placed, strengths, strict=True)), state)
     matches = [match_base(adapter, there, state) for adapter, there in zip(loaded, placed, strict=True)]
+    with progress("merging"):
+        checkpoint.write(out, plan.entries, check=plan.refuse_problems)
     for file, match in zip(adapters, matches, strict=True):
         if match is not None and match.kind in ("precision", "other"):
             _warn(f"merge: {describe_match(match, file, base)}")
     if checkpoint.beside:
         _warn(f"merge: '{checkpoint.where[-1]}' is adapted; {', '.join(checkpoint.beside)} beside it stays as it was")
-    checkpoint.write(out, merged)
-    changed = sum(merged[name] is not state[name] for name in state)
+    changed = sum(name in plan.entries for name in state)
     report = {
         "output": str(out),
         "bytes": out.stat().st_size,
@@ -120,12 +121,13 @@ def extract(
     check_output(out, [base, tuned], force, "extract", [SAFETENSORS])
     check_rank_or_energy("extract", rank, energy)
     before, after = Checkpoint.read(base).state, Checkpoint.read(tuned).state
+    shapes = shapes_of(before)
     if not set(before) & set(after):
         raise ConvLoRAError(f"extract: '{base}' and '{tuned}' have no name in common; are they of one network?")
     specs = {
         path: spec
         for path, spec in layers_of(before).items()
-        if tuple(getattr(before.get(base_key(path, "weight", before, spec)), "shape", ())) == spec.shape
+        if tuple(getattr(shapes.get(base_key(path, "weight", shapes, spec)), "shape", ())) == spec.shape
     }
     with progress("extracting"):
         adapter = Adapter.extract(

@@ -117,6 +117,7 @@ class Factorization(Protocol):
 
 
 _REGISTRY: dict[str, Factorization] = {}  # the shipped ones are registered by the package
+_GROWING: dict[str, frozenset[str]] = {}  # of each, the factors that start at zero beside others that do not
 
 # A factor's tensor becomes a parameter of the module that holds the factors: these names it has already.
 _RESERVED = frozenset(dir(nn.Module())) | {
@@ -145,15 +146,16 @@ def register_factors(name: str, factorization: Factorization | type[Factorizatio
         candidate = factorization() if isinstance(factorization, type) else factorization
         if not isinstance(candidate, Factorization):
             raise ConvLoRAError(f"register_factors: {name!r} needs inits, shapes, init_, delta and drop")
-        _try_out(name, candidate)
+        growing = _try_out(name, candidate)
     except ConvLoRAError:
         raise
     except Exception as error:
         raise ConvLoRAError(f"register_factors: {name!r} fails on a small weight ({error!r})") from error
-    _REGISTRY[name] = candidate
+    _REGISTRY[name], _GROWING[name] = candidate, growing
 
 
-def _try_out(name: str, candidate: Factorization) -> None:
+def _try_out(name: str, candidate: Factorization) -> frozenset[str]:
+    """Check a factorization on a small weight; gives the factors that start at zero beside others that do not."""
     spec = WeightSpec((4, 2, 3, 3), groups=2)
     shapes = candidate.shapes(spec, 2)
     if not shapes or any("." in tensor or tensor.startswith("_") or tensor in _RESERVED for tensor in shapes):
@@ -162,9 +164,22 @@ def _try_out(name: str, candidate: Factorization) -> None:
         raise ConvLoRAError(f"register_factors: {name!r} needs an init named 'default', it has {candidate.inits!r}")
     factors = {tensor: torch.full(shape, torch.nan) for tensor, shape in shapes.items()}
     candidate.init_(factors, "default")
+    zero = frozenset(tensor for tensor, values in factors.items() if not values.any())
     delta = candidate.delta(candidate.drop(factors, torch.ones(2)), spec)
     if delta.numel() != math.prod(spec.shape) or bool(delta.ne(0).any()):
         raise ConvLoRAError(f"register_factors: {name!r} does not start at ΔW = 0 of {math.prod(spec.shape)} elements")
+    return zero if len(zero) < len(factors) else frozenset()
+
+
+def growing_factors(name: str) -> frozenset[str]:
+    """The factors of a factorization that start at zero beside others that do not: B, in ΔW = B A.
+
+    Example:
+        >>> growing_factors("locon")
+        frozenset({'lora_B'})
+    """
+    get_factors(name)
+    return _GROWING[name]
 
 
 def known_factors() -> list[str]:

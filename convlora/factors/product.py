@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convlora.factors.base import Shape, WeightSpec
-from convlora.factors.svd import SVD, ChooseRank, Fit, svd, svd_of_product, truncate
+from convlora.factors.svd import SVD, ChooseRank, Fit, leading_svd, svd, svd_of_product, truncate
 
 
 class ProductFactors:
@@ -34,8 +34,10 @@ class ProductFactors:
         return {name: torch.cat([part[name] for part in parts], dim) for dim, name in enumerate(("lora_A", "lora_B"))}
 
     def fit(self, delta: Tensor, spec: WeightSpec, choose: ChooseRank) -> Fit:
-        rows = self.shapes(spec, 1)["lora_B"][0]
-        return self._fit(svd(delta.reshape(rows, -1)), spec, choose)
+        step, rows = self.shapes(spec, 1)["lora_A"][0], self.shapes(spec, 1)["lora_B"][0]
+        matrix = delta.reshape(rows, -1)
+        most = choose.rank
+        return self._fit(svd(matrix) if most is None else leading_svd(matrix, most * step), spec, choose)
 
     def shrink(self, factors: Mapping[str, Tensor], spec: WeightSpec, choose: ChooseRank) -> Fit:
         return self._fit(svd_of_product(factors["lora_B"].flatten(1), factors["lora_A"].flatten(1)), spec, choose)

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from convlora.adapter.checkpoint import MergedEntry
 from convlora.adapter.parts import base_keys
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, one_line
 from convlora.support.atomic import write_atomically
+from convlora.support.progress import counted_steps
 from convlora.support.safetensors import tensor_bytes
-from convlora.support.torchfile import from_torch_file
+from convlora.support.tensorfile import TensorFile, shapes_of, stored_blocks, write_tensors
+from convlora.support.torchfile import from_torch_path
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".ckpt", ".bin")  # all but the first as `torch.save` writes them
@@ -42,7 +41,6 @@ class Checkpoint:
         content: all that the file holds, as it is nested there.
         where: the keys, outermost first, under which the state dict lies in `content`.
         prefix: what all names of the state dict start with and the layers of the network do not.
-        raw: the bytes of a `.safetensors` file.
 
     Example:
         >>> import tempfile
@@ -57,11 +55,13 @@ class Checkpoint:
     content: Mapping[str, Any]
     where: tuple[str, ...] = ()
     prefix: str = ""
-    raw: bytes | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Checkpoint:
         """Read a `.safetensors` file, or one of `torch.save` with `weights_only=True`.
+
+        Of the former only the header: its tensors are read as they are asked for, and it stays open. The latter's
+        tensors are mapped into memory where its zip allows.
 
         Raises:
             ConvLoRAError: no such file, one that holds more than tensors and plain data, or one without a state dict.
@@ -69,24 +69,22 @@ class Checkpoint:
         path = Path(path)
         if path.suffix.lower() not in SUFFIXES:
             raise ConvLoRAError(f"read: '{path}' is no checkpoint by its name; known are {', '.join(SUFFIXES)}")
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise ConvLoRAError(f"read: '{path}' cannot be read ({error.strerror})") from None
-        content = _in_order(raw, path) if path.suffix.lower() == SAFETENSORS else _of_torch(raw, path)
+        content = _opened(path) if path.suffix.lower() == SAFETENSORS else _of_torch(path)
         where = _where_nested(content)
         state = _inside(content, where)
-        if not any(isinstance(value, Tensor) for value in state.values()):
+        if not any(isinstance(value, Tensor) for value in shapes_of(state).values()):
             inside = f" (in '{'.'.join(where)}')" if where else ""
             raise ConvLoRAError(f"read: '{path}' holds no state dict{inside}; save the model's state_dict() alone")
         prefix = ""
         while wrapper := next((w for w in WRAPPERS if all(name.startswith(prefix + w) for name in state)), None):
             prefix += wrapper
-        return cls(path, content, where, prefix, raw if path.suffix.lower() == SAFETENSORS else None)
+        return cls(path, content, where, prefix)
 
     @property
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Mapping[str, Any]:
         """The state dict by the names of the network, without nesting and prefix, with what torch notes beside it."""
+        if isinstance(self.content, TensorFile):
+            return self.content.below(self.prefix)
         skipped, inside = len(self.prefix), _inside(self.content, self.where)
         state = OrderedDict((n[skipped:], v) for n, v in inside.items() if n.startswith(self.prefix))
         noted = getattr(inside, "_metadata", {})
@@ -119,56 +117,72 @@ class Checkpoint:
             raise ConvLoRAError(f"read: '{self.path}' has these layers several times: below {', '.join(prefixes)}")
         return replace(self, prefix=prefixes[0]) if prefixes else self
 
-    def write(self, path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-        """Write the checkpoint with the values of `state`, which has the names of `self.state`; atomically.
+    def write(
+        self,
+        path: str | os.PathLike[str],
+        values: Mapping[str, Any],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write the checkpoint with other values of some entries, by the names of `self.state`; atomically.
 
-        Nesting, names, key order, dtypes, metadata and all else stay; in `.safetensors` every other byte does.
-        From `.safetensors` to a file of `torch.save` and back, what the other cannot hold is named in a warning.
+        Nesting, names, key order, dtypes, metadata and all else stay; in `.safetensors` every other byte does. From
+        there to there no more than a block of a tensor is in memory. From `.safetensors` to a file of `torch.save` and
+        back, what the other cannot hold is named in a warning.
+
+        `values`: Tensors or `MergedEntry`s; `check` is called once all of them are computed, and before anything is in
+        its place: if it raises, nothing is.
 
         Raises:
-            ConvLoRAError: the file cannot be written there.
+            ConvLoRAError: the file cannot be written there, or the one that is read has been written into since.
         """
-        before = self.state
-        changed = {self.prefix + name: value for name, value in state.items() if value is not before.get(name)}
+        changed = {self.prefix + name: value for name, value in values.items()}
+        file = self.content if isinstance(self.content, TensorFile) else None
         if Path(path).suffix.lower() != SAFETENSORS:
-            if self.raw is not None and _metadata(self.raw):
+            if file is not None and _metadata(file):
                 _warn(f"write: '{path}' cannot hold the metadata of '{self.path}'; it is left out")
+            content = self.content if file is None else dict(file)
+            whole = {n: v.whole() if isinstance(v, MergedEntry) else v for n, v in counted_steps(changed.items())}
+            check()
             buffer = io.BytesIO()
-            torch.save(_replaced(self.content, self.where, changed), buffer)
-            data = buffer.getvalue()
-        elif self.raw is not None:
-            data = _patched(self.raw, changed) if _fit(self.raw, changed) else self._rewritten(changed)
-        else:
-            data = self._flat({**_inside(self.content, self.where), **changed}, path)
-        write_atomically(path, data)
+            torch.save(_replaced(content, self.where, whole), buffer)
+            write_atomically(path, lambda out: _all_written(out, buffer.getbuffer()))
+            return
+        if file is not None and _fit(file, changed):
+            write_atomically(path, lambda out: _patched(out, file, changed, check))
+            return
+        kept = self._flat(path) if file is None else file
+        metadata = {"format": "pt", **({} if file is None else _metadata(file))}
+        write_atomically(path, lambda out: _rewritten(out, kept, changed, metadata, check))
 
-    def _rewritten(self, changed: Mapping[str, Tensor]) -> bytes:
-        """The file anew, for tensors of other shapes; its metadata stay."""
-        assert self.raw is not None
-        tensors = {n: v.detach().clone().contiguous() for n, v in {**self.content, **changed}.items()}
-        return to_bytes(tensors, metadata={"format": "pt", **_metadata(self.raw)})
-
-    def _flat(self, state: Mapping[str, Any], path: str | os.PathLike[str]) -> bytes:
-        tensors = {n: v.detach().clone().contiguous() for n, v in state.items() if isinstance(v, Tensor)}
+    def _flat(self, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+        """The tensors of the state dict alone."""
+        state = _inside(self.content, self.where)
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         lost = [name for name in state if name not in tensors]
         lost += [name for name in _inside(self.content, self.where[:-1]) if name not in self.where and self.where]
+        if sparse := [name for name, value in tensors.items() if value.layout is not torch.strided or value.is_meta]:
+            raise ConvLoRAError(f"write: '{path}' cannot hold tensors that are sparse or have no values: {sparse}")
         if lost:
             _warn(f"write: '{path}' holds the state dict alone; left out of '{self.path}': {', '.join(lost)}")
-        return to_bytes(tensors, metadata={"format": "pt"})
+        return tensors
 
 
-def _in_order(raw: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file in the order of its header."""
+def _opened(path: Path) -> TensorFile:
     try:
-        tensors = from_bytes(raw)
-        return {name: tensors[name] for name in _header(raw)[0]}
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        return TensorFile.open(path)
+    except OSError as error:
+        raise ConvLoRAError(f"read: '{path}' cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConvLoRAError):
+            raise
         raise ConvLoRAError(f"read: '{path}' cannot be read as safetensors ({one_line(error)})") from None
 
 
-def _of_torch(raw: bytes, path: Path) -> Mapping[str, Any]:
+def _of_torch(path: Path) -> Mapping[str, Any]:
     try:
-        content = from_torch_file(raw)
+        content = from_torch_path(path)
+    except OSError as error:
+        raise ConvLoRAError(f"read: '{path}' cannot be read ({error.strerror or error})") from None
     except Exception as error:
         raise ConvLoRAError(f"read: '{path}' cannot be read as a file of torch.save ({one_line(error)})") from None
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
@@ -176,36 +190,70 @@ def _of_torch(raw: bytes, path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _header(raw: bytes) -> tuple[dict[str, Any], int]:
-    """The entries of the tensors in a `.safetensors` file, and where the data start."""
-    start = 8 + int.from_bytes(raw[:8], "little")
-    entries = json.loads(raw[8:start])
-    entries.pop("__metadata__", None)
-    return entries, start
-
-
-def _metadata(raw: bytes) -> dict[str, str]:
+def _metadata(file: TensorFile) -> dict[str, str]:
     """The metadata of a `.safetensors` file but for `{"format": "pt"}`, which says nothing."""
-    start = 8 + int.from_bytes(raw[:8], "little")
-    metadata = json.loads(raw[8:start]).get("__metadata__") or {}
-    return {name: text for name, text in metadata.items() if (name, text) != ("format", "pt")}
+    return {name: text for name, text in file.metadata.items() if (name, text) != ("format", "pt")}
 
 
-def _fit(raw: bytes, changed: Mapping[str, Tensor]) -> bool:
+def _fit(file: TensorFile, changed: Mapping[str, Any]) -> bool:
     """Whether tensors take the places of those in a `.safetensors` file."""
-    entries, _ = _header(raw)
-    return all(name in entries and entries[name]["shape"] == list(value.shape) for name, value in changed.items())
+    places = file.stored
+    return all(
+        name in places and (places[name].shape, places[name].dtype) == (tuple(value.shape), value.dtype)
+        for name, value in changed.items()
+    )
 
 
-def _patched(raw: bytes, changed: Mapping[str, Tensor]) -> bytes:
-    """A `.safetensors` file with other values of some tensors; they have the shapes and dtypes of the old ones."""
-    entries, start = _header(raw)
-    parts: list[Any] = []
+def _patched(out: BinaryIO, file: TensorFile, changed: Mapping[str, Any], check: Callable[[], None]) -> None:
+    """A `.safetensors` file with other values of some tensors, which have the shapes and dtypes of the old ones."""
+    out.write(file.head)
     done = 0
-    for first, last, name in sorted((*entries[name]["data_offsets"], name) for name in changed):
-        parts += [memoryview(raw)[done : start + first], tensor_bytes(changed[name])]
-        done = start + last
-    return b"".join([*parts, memoryview(raw)[done:]])
+    for name in counted_steps(sorted(changed, key=lambda name: (file.stored[name].start, name))):
+        file.copy_bytes(done, file.stored[name].start, out)
+        for block in _blocks(changed[name]):
+            out.write(tensor_bytes(block))
+        done = file.stored[name].stop
+    file.copy_bytes(done, max((place.stop for place in file.stored.values()), default=0), out)
+    file.refuse_changed()
+    check()
+
+
+def _rewritten(
+    out: BinaryIO,
+    kept: Mapping[str, Tensor],
+    changed: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    check: Callable[[], None],
+) -> None:
+    """A `.safetensors` file anew, for tensors of other shapes, or of a file of another kind."""
+    new = {name: value for name, value in changed.items() if isinstance(value, Tensor | MergedEntry)}
+    blocks = {name: _Lazily(kept, new, name) for name in {**kept, **new}}
+    write_tensors(out, {**shapes_of(kept), **new}, blocks, metadata)
+    if isinstance(kept, TensorFile):
+        kept.refuse_changed()
+    check()
+
+
+@dataclass(frozen=True)
+class _Lazily(Iterable[Tensor]):
+    """The blocks of an entry of one of two mappings, read when they are asked for."""
+
+    kept: Mapping[str, Tensor]
+    new: Mapping[str, Any]
+    name: str
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.name in self.new:
+            return iter(_blocks(self.new[self.name]))
+        return stored_blocks(self.kept, self.name)
+
+
+def _blocks(value: Any) -> Iterable[Tensor]:
+    return value.blocks() if isinstance(value, MergedEntry) else [value]
+
+
+def _all_written(out: BinaryIO, data: Any) -> None:
+    out.write(data)
 
 
 def _where_nested(content: Mapping[str, Any]) -> tuple[str, ...]:
@@ -221,7 +269,7 @@ def _where_nested(content: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in value.values())
+    return isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in shapes_of(value).values())
 
 
 def _inside(content: Mapping[str, Any], where: tuple[str, ...]) -> Mapping[str, Any]:

@@ -90,6 +90,7 @@ def without_keeping(slots: Sequence[object], call: Callable[[], Any]) -> Any:
             return call()
     finally:
         computing.slots, computing.formed = before
+        formed.clear()  # autograd keeps the hooks
 
 
 def _outer_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:

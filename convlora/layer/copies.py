@@ -12,6 +12,7 @@ from convlora.config import AdapterConfig
 from convlora.layer.loading import AdapterTensors
 
 _GAIN = "_convlora_gain"
+BLOCK = 2**18  # elements that are summed at once
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
@@ -177,7 +178,11 @@ def _sum_of_bits(tensor: Tensor) -> Tensor | None:
     if not plain or tensor.is_quantized:
         return None
     values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    return values.contiguous().view(-1).view(_INTEGERS[values.element_size()]).sum(dtype=torch.int64)
+    bits = values.contiguous().view(-1).view(_INTEGERS[values.element_size()])
+    if bits.device.type != "cpu" or len(bits) <= BLOCK:
+        return bits.sum(dtype=torch.int64)
+    # A CPU widens all that it sums first: in blocks, that stays in the cache and takes no memory.
+    return torch.stack([block.sum(dtype=torch.int64) for block in torch.split(bits, BLOCK)]).sum()
 
 
 def version(tensor: Tensor) -> int:

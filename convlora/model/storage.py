@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -358,14 +358,12 @@ def merged_state_dict(model: nn.Module, names: Names | None = None) -> dict[str,
     root = require_adapters(model, "merged_state_dict")
     refuse_sharded(root, "merged_state_dict")
     refuse_stacked(root, "merged_state_dict")
-    brought = {f"{path}." for path in brought_paths(root)}
+    brought = set(brought_paths(root))
     state = root.state_dict()
-    kept = OrderedDict((key, v) for key, v in state.items() if not any(key.startswith(start) for start in brought))
+    kept = OrderedDict((key, v) for key, v in state.items() if not _is_below(key, brought))
     metadata = getattr(state, "_metadata", {})
     kept._metadata = {  # type: ignore[attr-defined]
-        path: versions
-        for path, versions in metadata.items()
-        if not any(f"{path}.".startswith(start) for start in brought)
+        path: versions for path, versions in metadata.items() if path not in brought and not _is_below(path, brought)
     }
     problems = Problems()
     with using(root, names) if names is not None else contextlib.nullcontext(), torch.no_grad():
@@ -384,6 +382,12 @@ def merged_state_dict(model: nn.Module, names: Names | None = None) -> dict[str,
     problems.raise_if_any("merged_state_dict")
     _warn_of_lost(root, None, "merged_state_dict")
     return kept
+
+
+def _is_below(name: str, paths: Container[str]) -> bool:
+    """Whether a dotted name lies below one of some paths."""
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in paths for end in range(1, len(parts)))
 
 
 def _warn_of_lost(model: nn.Module, name: str | None, operation: str) -> None:

@@ -13,7 +13,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from convlora.errors import ConvLoRAError, one_line
 
@@ -24,8 +24,13 @@ except ImportError:  # Windows, where what a killed writer left stays
     fcntl = None
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+Content = bytes | Callable[[BinaryIO], None]
+
+
+def write_atomically(path: str | os.PathLike[str], data: Content) -> None:
     """Write through a temporary file in the same folder, so that `path` is never half written.
+
+    `data`: the bytes, or a function that writes them into an open file; if it raises, nothing has happened to `path`.
 
     Raises:
         ConvLoRAError: it cannot be written; no temporary file stays behind.
@@ -69,7 +74,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def staged(path: str | os.PathLike[str], data: bytes) -> Iterator[Callable[[], None]]:
+def staged(path: str | os.PathLike[str], data: Content) -> Iterator[Callable[[], None]]:
     """A complete temporary file beside `path`, and the function that renames it to `path`; see `write_atomically`."""
     target = Path(os.path.realpath(path))  # a link keeps pointing where it points
     if target.is_symlink():
@@ -83,7 +88,7 @@ def staged(path: str | os.PathLike[str], data: bytes) -> Iterator[Callable[[], N
 
     with _temporary(target, make) as temporary:
         with open(temporary, "wb") as file:
-            file.write(data)
+            data(file) if callable(data) else file.write(data)
             file.flush()
             os.fsync(file.fileno())
         if mode is not None:

@@ -10,6 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from io import FileIO
 from typing import Any
 
 import torch
@@ -21,22 +22,37 @@ from convlora.support.jsontext import parse_json
 
 TENSORS = 2**14  # of a file of no size; a tensor takes 2 kB beside its values
 
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+# In the order in which the safetensors library puts them into a file: wide ones first, so that all of them are aligned.
+DTYPES: dict[torch.dtype, str] = {
+    getattr(torch, dtype): code
+    for dtype, code in {
+        "uint64": "U64", "int64": "I64", "float64": "F64", "complex64": "C64", "float32": "F32", "uint32": "U32",
+        "int32": "I32", "bfloat16": "BF16", "float16": "F16", "uint16": "U16", "int16": "I16",
+        "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e8m0fnu": "F8_E8M0",
+        "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    }.items()
+    if hasattr(torch, dtype)
 }  # fmt: skip
+_OF_ADAPTERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+                torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}  # fmt: skip
 
 
-def read_regular_file(path: str | os.PathLike[str]) -> bytes:
-    """All bytes of a file.
+def open_regular_file(path: str | os.PathLike[str]) -> FileIO:
+    """A file, open for reading.
 
     Raises:
         OSError, TypeError, ValueError: it cannot be read, or is none: a pipe would block, a device never end.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError("it is no file")
+    file = FileIO(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("it is no file")
+    return file
+
+
+def read_regular_file(path: str | os.PathLike[str]) -> bytes:
+    """All bytes of a file; raises as `open_regular_file`."""
+    with open_regular_file(path) as file:
         return file.read()
 
 
@@ -72,18 +88,25 @@ def to_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 
     Put together here since safetensors writes the metadata in random order, and in several times the time.
     """
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    parts, end = [], 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPES:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _OF_ADAPTERS:
             raise ConvLoRAError(f"write: adapter files have no {tensor.dtype} (of '{name}'); use .to(torch.float32)")
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        parts.append(tensor_bytes(tensor))
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    sizes = {name: tensors[name].nbytes for name in order}
+    head = safetensors_head({name: tensors[name] for name in order}, sizes, metadata)
+    return b"".join([head, *(tensor_bytes(tensors[name]) for name in order)])
+
+
+def safetensors_head(shapes: Mapping[str, Any], sizes: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+    """The head of a safetensors file: the length of the header and the header, of tensors of given bytes in order."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name, value in shapes.items():
+        start, end = end, end + sizes[name]
+        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+    return len(text).to_bytes(8, "little") + text
 
 
 def tensor_bytes(tensor: Tensor) -> Any:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 import zipfile
-from typing import Any
+from typing import IO, Any
 
 import torch
+
+from convlora.support.safetensors import open_regular_file
 
 
 def from_torch_file(raw: bytes) -> Any:
@@ -25,14 +28,46 @@ def from_torch_file(raw: bytes) -> Any:
         >>> from_torch_file(buffer.getvalue())
         {'weight': tensor([1., 1.])}
     """
-    sizes: set[int] | None = None
-    if zipfile.is_zipfile(io.BytesIO(raw)):
-        with zipfile.ZipFile(io.BytesIO(raw)) as file:
-            members = [info.file_size for info in file.infolist()]
-        if sum(members) > len(raw):
-            raise ValueError("its members claim more bytes than the file has")
-        sizes = set(members)
+    return _loaded(io.BytesIO(raw), _member_sizes(io.BytesIO(raw), len(raw)))
 
+
+def from_torch_path(path: str | os.PathLike[str]) -> Any:
+    """What a file of `torch.save` holds, as `from_torch_file` reads it; tensors are mapped into memory, not copied.
+
+    Not those of old files, which are no zip file, nor of a zip file with compressed members.
+
+    Raises:
+        OSError, ValueError, zipfile.BadZipFile: as `from_torch_file`, or it cannot be read.
+    """
+    with open_regular_file(path) as file:
+        sizes = _member_sizes(file, os.fstat(file.fileno()).st_size)
+        if sizes is None or not _is_stored_plainly(file):
+            file.seek(0)
+            return from_torch_file(file.read())
+    return _loaded(os.fspath(path), sizes, mmap=True)
+
+
+def _member_sizes(file: IO[bytes], size: int) -> set[int] | None:
+    """What the members of a zip file claim to hold; None if it is no zip file.
+
+    Raises:
+        ValueError: that is more than it can hold.
+    """
+    if not zipfile.is_zipfile(file):
+        return None
+    with zipfile.ZipFile(file) as members:
+        sizes = [info.file_size for info in members.infolist()]
+    if sum(sizes) > size:
+        raise ValueError("its members claim more bytes than the file has")
+    return set(sizes)
+
+
+def _is_stored_plainly(file: IO[bytes]) -> bool:
+    with zipfile.ZipFile(file) as members:
+        return all(info.compress_type == zipfile.ZIP_STORED for info in members.infolist())
+
+
+def _loaded(source: Any, sizes: set[int] | None, mmap: bool = False) -> Any:
     def on_cpu(storage: Any, _: str) -> Any:
         if sizes is not None and storage.nbytes() not in sizes:
             raise ValueError(f"a tensor of {storage.nbytes()} bytes is cut")
@@ -41,7 +76,7 @@ def from_torch_file(raw: bytes) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old storages: nothing that a user could change
-            return torch.load(io.BytesIO(raw), map_location=on_cpu, weights_only=True)
+            return torch.load(source, map_location=on_cpu, weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged file can make the unpickler raise anything
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import convlora
-from convlora.layer import forms
+from convlora.layer import again, forms
 from convlora.layer.adapted import slot_of
 
 quiet = pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
@@ -206,6 +207,30 @@ def test_layers_of_every_make_form_their_weight_again(kind: str, composite: Call
     composite(False)
     effective = 8 * 6 * 9 * 4
     assert kept_bytes(lambda: layer(x), owned) <= kept - effective
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("few_patches", [0.0, float("inf")])
+def test_what_is_not_kept_is_free_once_the_forward_is_over(
+    factors: str, few_patches: float, composite: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autograd keeps the hooks themselves, and with them what they refer to."""
+    composite(False)
+    monkeypatch.setattr(forms, "FEW_PATCHES", few_patches)
+    layer, x = randomise(convlora.inject(nn.Conv2d(6, 8, 3), "*", rank=2, factors=factors)), torch.randn(2, 6, 9, 9)
+    formed: list[weakref.ref[Tensor]] = []
+    note = again.note_formed
+
+    def watch(slot: object, value: Tensor, *more: Any) -> None:
+        formed.append(weakref.ref(value))
+        note(slot, value, *more)
+
+    monkeypatch.setattr("convlora.layer.slot.note_formed", watch)
+    monkeypatch.setattr("convlora.layer.forms.note_formed", watch)
+    y = layer(x)
+    assert formed
+    assert all(reference() is None for reference in formed)
+    y.sum().backward()
 
 
 def test_two_adapters_and_a_mixture_of_copies_are_formed_again(composite: Callable[[bool], None]) -> None:

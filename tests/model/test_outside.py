@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import convlora
 from convlora import ConvLoRAWarning
+from convlora.layer import copies
 
 
 def base() -> nn.Sequential:
@@ -194,3 +195,15 @@ def test_a_full_checkpoint_does_not_hide_what_was_trained_outside() -> None:
     model = injected()
     model.load_state_dict(trained.state_dict())
     assert convlora.changed(model) == ["3.weight", "3.bias"]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.int32, torch.bool]
+)
+def test_large_tensors_are_summed_in_blocks_to_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [(torch.randn(shape) * 100).to(dtype) for shape in ((13, 7), (7,), (), (0, 3), (5, 6, 4))]
+    whole = copies.sums_of_bits(tensors)
+    assert len({*whole}) > 2
+    for block in (1, 7, 8):
+        monkeypatch.setattr(copies, "BLOCK", block)
+        assert copies.sums_of_bits(tensors) == whole
