@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
@@ -13,9 +13,11 @@ from torch import nn
 
 from convlora.errors import ConvLoRAError
 from convlora.support.jsontext import parse_json
+from convlora.support.patterns import values_by_layer
 
 Target: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Sequence[Target]"
+Strength: TypeAlias = "float | Mapping[str, float]"  # one for all layers, or by pattern
 
 CHILD = "convlora"  # the child module's name, so `<layer>.convlora.<adapter>.lora_A` in a full checkpoint
 
@@ -195,6 +197,33 @@ def _as_tuple(field: str, value: Any) -> tuple[Target, ...]:
 def is_number(value: Any) -> bool:
     """Whether a value is a number that float32 holds, also once multiplied with another such number."""
     return not isinstance(value, bool) and isinstance(value, numbers.Real) and bool(-LARGEST <= value <= LARGEST)  # type: ignore[operator]
+
+
+def strengths_by_layer(strength: Strength, paths: Iterable[str], operation: str, what: str) -> dict[str, float]:
+    """Layer path -> strength: one for all, or `{pattern: strength}`, of which the last that matches wins; else 1.
+
+    Raises:
+        ConvLoRAError: no finite number, or a pattern that matches none of the paths.
+
+    Example:
+        >>> strengths_by_layer({"*": 0.5, "body.*": 0.0}, ["head", "body.0"], "activate", "strength")
+        {'head': 0.5, 'body.0': 0.0}
+    """
+    check_strength(strength, operation, what)
+    if not isinstance(strength, Mapping):
+        return dict.fromkeys(paths, float(strength))
+    floats = {pattern: float(value) for pattern, value in strength.items()}
+    return values_by_layer(floats, 1.0, paths, operation, what)
+
+
+def check_strength(strength: Any, operation: str, what: str) -> None:
+    """Refuse what is no strength."""
+    by_pattern = strength.items() if isinstance(strength, Mapping) else [("", strength)]
+    for pattern, value in by_pattern:
+        if not isinstance(pattern, str) or not is_number(value):
+            where = f" for {pattern!r}" if isinstance(strength, Mapping) else ""
+            must_be = f"a finite number up to {LARGEST:g}"
+            raise ConvLoRAError(f"{operation}: {what}{where} (={value!r}) must be {must_be}, or {{pattern: number}}")
 
 
 def _check_text(field: str, value: Any) -> None:

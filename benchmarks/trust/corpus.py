@@ -45,7 +45,7 @@ def adapted(base: nn.Module, targets: Any, moved: bool = False, **options: Any) 
         for parameter in convlora.parameters(model):
             parameter.normal_()
         for name, buffer in model.named_buffers():
-            if moved and ".convlora." in name and "gain" not in name:
+            if moved and ".convlora." in name and not name.endswith(("gain", "scale")):
                 buffer.add_(2)
     return model
 

@@ -323,7 +323,10 @@ class Oracle:
         for layer in self.base:
             own: dict[str, Any] = dict(self.base[layer])
             for name in self.on(layer):
-                own |= {f"convlora.{name}.{n}": t for n, t in self.adapters[name][layer].tensors.items()}
+                part = self.adapters[name][layer]
+                own |= {f"convlora.{name}.{n}": t for n, t in part.tensors.items()}
+                if isinstance(part, LayerFactors):
+                    own[f"convlora.{name}.lora_scale"] = torch.tensor(part.scale, dtype=torch.float32)
             for path in (layer, *filter(None, [ALIASES.get(layer)])):
                 entries |= {f"{path}.{key}": value for key, value in own.items()}
         return entries

@@ -451,6 +451,13 @@ class Lifecycle(RuleBasedStateMachine):
         self.oracle.to(dtype)
         self.done["to(dtype)"] += 1
 
+    def padded(self, path: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Factors with what a hot swap adds to them: rows of A of its own choice, and as many zero columns of B."""
+        a, b = tensors["lora_A"], tensors["lora_B"]
+        more = self.model.state_dict()[f"{path}.lora_A"][len(a) :].clone()
+        zeros = b.new_zeros(len(b), len(more), *b.shape[2:])
+        return {"lora_A": torch.cat([a, more]), "lora_B": torch.cat([b, zeros], 1)}
+
     # --- copies
 
     @precondition(lambda self: self.oracle.adapters)
@@ -529,14 +536,14 @@ class Lifecycle(RuleBasedStateMachine):
         present = self.oracle.adapters.get(name)
         fits = present is None or (
             convlora.adapters(self.model)[name].factors == file.config.factors
-            and shapes(present).items() >= shapes(file.parts).items()
+            and all(n in present and can_become(present[n], part) for n, part in file.parts.items())
             and all(isinstance(present[n], Copies) and present[n].is_optional for n in present.keys() - file.parts)
         )
         if not fits or (present is None and self.oracle.merged):
             with self.refused():
                 convlora.load(self.model, file.path, name=name)
             return
-        with expected_warning("another base" if self.base_of(file.parts) != file.base else None):
+        with expected_warning(" base " if self.base_of(file.parts) != file.base else None):
             convlora.load(self.model, file.path, name=name)
         old = present or {}
         parts: Held = {}
@@ -545,6 +552,9 @@ class Lifecycle(RuleBasedStateMachine):
             if isinstance(own, Copies):
                 kinds = self.oracle.base[layer]
             tensors = {n: t.to(kinds[n], copy=True) for n, t in own.tensors.items()}
+            before = old.get(layer)
+            if isinstance(own, LayerFactors) and isinstance(before, LayerFactors) and own.inner < before.inner:
+                tensors |= self.padded(f"{layer}.convlora.{name}", tensors)
             parts[layer] = LayerFactors(tensors, own.scale) if isinstance(own, LayerFactors) else Copies(tensors)
         if NORM in old and NORM not in parts and isinstance(norm := old[NORM], Copies):
             parts[NORM] = Copies({n: self.oracle.base[NORM][n].clone() for n in norm.tensors}, norm.freezes)
@@ -739,6 +749,13 @@ def equal(one: Tensor, other: Tensor) -> bool:
 def narrower(tensor: Tensor) -> Tensor:
     """As a file has it."""
     return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def can_become(part: LayerFactors | Copies, other: LayerFactors | Copies) -> bool:
+    """Whether a hot swap takes what another adapter has of a layer: the same shapes, or factors of a lower rank."""
+    if isinstance(part, LayerFactors) and isinstance(other, LayerFactors):
+        return part.tensors.keys() == other.tensors.keys() and other.inner <= part.inner
+    return type(part) is type(other) and shapes({"": part}) == shapes({"": other})
 
 
 def shapes(parts: Held) -> dict[str, dict[str, Any]]:

@@ -14,9 +14,10 @@ from convlora.adapter import algebra
 from convlora.adapter.cast import cast_adapter
 from convlora.adapter.checkpoint import apply_adapters, extract_adapter
 from convlora.adapter.file import read_adapter, write_adapter
+from convlora.adapter.naming import Names, rename_layers
 from convlora.adapter.parts import AdapterParts, layer_delta
 from convlora.adapter.training import adapter_from_state_dict
-from convlora.config import AdapterConfig
+from convlora.config import AdapterConfig, Strength
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
 
@@ -113,15 +114,18 @@ class Adapter(AdapterParts):
             raise ConvLoRAError(f"Adapter.delta: no layer {layer!r}; the adapter has {known}")
         return layer_delta(self.config, self.layers[layer], 1.0)
 
-    def apply_to(self, state_dict: Mapping[str, Any], strength: float = 1.0, *, exact: bool = False) -> dict[str, Any]:
+    def apply_to(
+        self, state_dict: Mapping[str, Any], strength: Strength = 1.0, *, exact: bool = False
+    ) -> dict[str, Any]:
         """A checkpoint with the adapter merged in: key order, dtypes and all other entries stay.
 
+        `strength`: one for all layers, or `{pattern: strength}`, as for `convlora.activate`.
         The values are bitwise those that `convlora.merge` computes, with the same `exact`. Copies of modules take the
         place of the checkpoint's entries, of other shapes, too; at another strength than 1 they are
         `base + strength·(copy − base)`. The given state dict is not changed.
 
         Raises:
-            ConvLoRAError: weights are missing or of other shapes; all are listed.
+            ConvLoRAError: weights are missing or of other shapes; all are listed. A pattern matches no layer.
 
         Example:
             >>> import torch, convlora
@@ -132,6 +136,29 @@ class Adapter(AdapterParts):
             ['0.weight', '0.bias']
         """
         return apply_adapters([(self, strength)], state_dict, exact)
+
+    def rename(self, names: Names) -> Adapter:
+        """The same adapter for a network that names its modules otherwise.
+
+        `names`: `{path: path}`, in which a path stands for all below it, too, the longest one wins, and `""` is the
+        start of every path; or a function that gives each path its new one. The config then names every layer. The
+        fingerprint of the base covers names, so another one has none.
+
+        Raises:
+            ConvLoRAError: the adapter has nothing at a path of the mapping, two paths would be one, or a name is no
+                dotted path.
+
+        Example:
+            >>> import torch, convlora
+            >>> from torch import nn
+            >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 3)), targets="*", rank=2)
+            >>> whole = convlora.adapter(model).rename({"": "net"})
+            >>> list(whole.layers), list(whole.rename({"net": "", "net.1": "tail"}).layers)
+            (['net.0', 'net.1'], ['0', 'tail'])
+            >>> list(whole.rename(lambda path: path.removeprefix("net.")).layers)
+            ['0', '1']
+        """
+        return rename_layers(self, names)
 
     @classmethod
     def from_state_dict(
@@ -172,15 +199,39 @@ class Adapter(AdapterParts):
         """
         return adapter_from_state_dict(cls, state_dict, config, specs)
 
+    def rename(self, names: Names) -> Adapter:
+        """The same adapter for a network that names its modules otherwise.
+
+        `names`: `{path: path}`, in which a path stands for all below it, too, the longest one wins, and `""` is the
+        start of every path; or a function that gives each path its new one. The config then names every layer. The
+        fingerprint of the base covers names, so another one has none.
+
+        Raises:
+            ConvLoRAError: the adapter has nothing at a path of the mapping, two paths would be one, or a name is no
+                dotted path.
+
+        Example:
+            >>> import torch, convlora
+            >>> from torch import nn
+            >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 3)), targets="*", rank=2)
+            >>> whole = convlora.adapter(model).rename({"": "net"})
+            >>> list(whole.layers), list(whole.rename({"net": "", "net.1": "tail"}).layers)
+            (['net.0', 'net.1'], ['0', 'tail'])
+            >>> list(whole.rename(lambda path: path.removeprefix("net.")).layers)
+            ['0', '1']
+        """
+        return rename_layers(self, names)
+
     # --- algebra: each gives a new adapter; the mathematics is in algebra.py and checkpoint.py
 
     @staticmethod
-    def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    def combine(adapters: Sequence[Adapter], weights: Sequence[Strength]) -> Adapter:
         """The weighted sum of adapters: `ΔW = Σ weight · ΔWᵢ` in every layer that any of them has.
 
         Exact, but for one rounding of each factor; ranks add up, and the scale becomes 1. Layers, ranks, alphas and
         `rank_scaling` may differ; bias deltas are summed, too. Name and the rest of the config are the first one's.
-        Copies of modules are averaged, so the weights of the adapters that have one must sum to 1.
+        Copies of modules are averaged, so the weights of the adapters that have one must sum to 1. A weight may be
+        `{pattern: weight}` by layer, as a strength for `convlora.activate`.
 
         Raises:
             ConvLoRAError: the factorizations differ, or one layer has weights of different shapes.

@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, tensor_key
-from convlora.config import AdapterConfig, is_number
+from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, strengths_of, tensor_key
+from convlora.config import AdapterConfig, Strength, is_number
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors.base import Factorization, WeightSpec, get_factors
 from convlora.factors.svd import ChooseRank, Fit, rank_chooser
@@ -88,13 +88,14 @@ def _commonest(values: Sequence[T]) -> T:
     return Counter(values).most_common(1)[0][0]
 
 
-def combine(adapters: Sequence[A], weights: Sequence[float]) -> A:
+def combine(adapters: Sequence[A], weights: Sequence[Strength]) -> A:
     """See `Adapter.combine`."""
     adapters, weights = list(adapters), list(weights)
     if not adapters or not all(isinstance(adapter, AdapterParts) for adapter in adapters):
         raise ConvLoRAError("Adapter.combine: give a list of one or more adapters")
-    if len(weights) != len(adapters) or not all(map(is_number, weights)):
+    if len(weights) != len(adapters) or not all(is_number(w) or isinstance(w, Mapping) for w in weights):
         raise ConvLoRAError(f"Adapter.combine: weights (={weights}) must be {len(adapters)} finite numbers")
+    by_layer = [strengths_of(a, w, "Adapter.combine", "weight") for a, w in zip(adapters, weights, strict=True)]
     kinds = sorted({adapter.config.factors for adapter in adapters})
     if len(kinds) > 1:
         raise ConvLoRAError(
@@ -103,7 +104,9 @@ def combine(adapters: Sequence[A], weights: Sequence[float]) -> A:
         )
     factorization = factorization_with(kinds[0], "join", "Adapter.combine")
     layers = {
-        path: _sum(factorization, [(adapters[i].config, layer, weights[i]) for i, layer in summands.items()])
+        path: _sum(
+            factorization, [(adapters[i].config, layer, by_layer[i][own]) for i, (own, layer) in summands.items()]
+        )
         for path, summands in _by_layer(adapters).items()
     }
     first = adapters[0]
@@ -113,19 +116,19 @@ def combine(adapters: Sequence[A], weights: Sequence[float]) -> A:
         first.config.replace(rank_scaling="linear"),
         layers,
         fingerprint=first.fingerprint if same_base else None,
-        modules=_averaged(adapters, weights),
+        modules=_averaged(adapters, by_layer),
     )
 
 
-def _averaged(adapters: Sequence[AdapterParts], weights: Sequence[float]) -> dict[str, dict[str, Tensor]]:
+def _averaged(adapters: Sequence[AdapterParts], weights: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Tensor]]:
     """`base + Σ weight·(copy − base)` of each copied tensor, which needs no base where the weights sum to 1."""
     problems = Problems()
     averaged: dict[str, dict[str, Tensor]] = {}
     names = {(path, name): None for a in adapters for path, tensors in a.modules.items() for name in tensors}
     for path, name in names:
         parts = [
-            (a.modules[path][name], w)
-            for a, w in zip(adapters, weights, strict=True)
+            (a.modules[path][name], by_layer[path])
+            for a, by_layer in zip(adapters, weights, strict=True)
             if name in a.modules.get(path, ())
         ]
         total = sum(weight for _, weight in parts)
@@ -143,11 +146,11 @@ def _averaged(adapters: Sequence[AdapterParts], weights: Sequence[float]) -> dic
     return averaged
 
 
-def _by_layer(adapters: Sequence[AdapterParts]) -> dict[str, dict[int, LayerFactors]]:
-    """Layer path -> number of the adapter -> its factors there; a module of several paths is one layer."""
+def _by_layer(adapters: Sequence[AdapterParts]) -> dict[str, dict[int, tuple[str, LayerFactors]]]:
+    """Layer path -> number of the adapter -> its own path and factors; a module of several paths is one layer."""
     problems = Problems()
     first_name: dict[str, str] = {}
-    layers: dict[str, dict[int, LayerFactors]] = {}
+    layers: dict[str, dict[int, tuple[str, LayerFactors]]] = {}
     for number, adapter in enumerate(adapters):
         for path, layer in adapter.layers.items():
             names = (path, *layer.aliases)
@@ -155,13 +158,14 @@ def _by_layer(adapters: Sequence[AdapterParts]) -> dict[str, dict[int, LayerFact
             canonical = next(iter(known), path)
             first_name.update(dict.fromkeys(names, canonical))
             summands = layers.setdefault(canonical, {})
-            others = [other.spec for other in summands.values() if other.spec != layer.spec]
+            others = [other.spec for _, other in summands.values() if other.spec != layer.spec]
             if others:
                 problems.mismatched.append(f"{path} has weight {layer.spec}, in another adapter {others[0]}")
             elif number in summands or len(known) > 1:
                 problems.mismatched.append(f"{path} is one module with {', '.join(known)} in another adapter only")
             else:
-                summands[number] = replace(layer, aliases=tuple(name for name in names if name != canonical))
+                aliases = tuple(name for name in names if name != canonical)
+                summands[number] = path, replace(layer, aliases=aliases)
     problems.raise_if_any("Adapter.combine")
     return layers
 
@@ -271,6 +275,45 @@ def fitted(fit: Fit, config: AdapterConfig, layer: LayerFactors) -> LayerFactors
 def alpha_of_scale_one(config: AdapterConfig, rank: int) -> float:
     """The alpha of scale 1."""
     return float(rank) if config.rank_scaling == "linear" else math.sqrt(rank)
+
+
+def padded(adapter: A, ranks: Mapping[str, int]) -> A:
+    """The same adapter at higher ranks, by layer path: what is added updates nothing, and trains as a new adapter does.
+
+    The scale of each layer stays, so its alpha grows with its rank.
+
+    Raises:
+        ConvLoRAError: the factorization has no method `join`.
+    """
+    wanted = {path: rank for path, rank in ranks.items() if rank > adapter.layers[path].rank}
+    if not wanted:
+        return adapter
+    factorization = factorization_with(adapter.config.factors, "join", "Adapter")
+    layers = {
+        path: _padded(factorization, adapter.config, layer, wanted[path]) if path in wanted else layer
+        for path, layer in adapter.layers.items()
+    }
+    return assemble(
+        type(adapter),
+        adapter.config,
+        layers,
+        fingerprint=adapter.fingerprint,
+        errors=adapter.errors,
+        modules=adapter.modules,
+    )
+
+
+def _padded(factorization: Any, config: AdapterConfig, layer: LayerFactors, rank: int) -> LayerFactors:
+    shapes = factorization.shapes(layer.spec, rank - layer.rank)
+    more = {name: torch.empty(shape, dtype=_dtype(layer)) for name, shape in shapes.items()}
+    with torch.random.fork_rng(devices=[]):  # the same in every process, and the caller's random numbers stay
+        torch.default_generator.manual_seed(0)
+        factorization.init_(more, config.init)
+    tensors = factorization.join([{name: layer.tensors[name] for name in shapes}, more])
+    if BIAS_DELTA in layer.tensors:
+        tensors[BIAS_DELTA] = layer.tensors[BIAS_DELTA]
+    alpha = config.scale(layer.rank, layer.alpha) * alpha_of_scale_one(config, rank)
+    return LayerFactors(tensors, layer.spec, rank, alpha, layer.aliases)
 
 
 def with_linear_scaling(adapter: AdapterParts) -> dict[str, LayerFactors]:

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from convlora.adapter.algebra import alpha_of_scale_one, assemble, factorization_with
 from convlora.adapter.fingerprint import base_fingerprint
+from convlora.adapter.naming import other_prefixes, rename_layers
 from convlora.adapter.parts import (
     BIAS_DELTA,
     AdapterParts,
     LayerFactors,
     at_least_float32,
     base_key,
+    strengths_of,
     tensor_key,
     unscaled_delta,
 )
-from convlora.config import AdapterConfig, is_number
+from convlora.config import AdapterConfig, Strength
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import PROJECTIONS, WeightSpec
 from convlora.factors.fuse import fuse_weight, fuse_weight_exactly, is_finite, mixture
@@ -133,7 +135,7 @@ class MergePlan:
 
 
 def plan_merge(
-    strengths: Sequence[tuple[AdapterParts, float]], state_dict: Mapping[str, Any], exact: bool = False
+    strengths: Sequence[tuple[AdapterParts, Strength]], state_dict: Mapping[str, Any], exact: bool = False
 ) -> MergePlan:
     """What `apply_adapters` computes; of a `TensorFile` nothing but the header is read.
 
@@ -151,17 +153,18 @@ def plan_merge(
     }
     shapes = shapes_of(state_dict)
     changes: dict[str, dict[int, tuple[AdapterParts, LayerFactors, float]]] = {}
-    for number, (adapter, strength) in enumerate(strengths):
-        if not is_number(strength):
-            raise ConvLoRAError(f"Adapter.apply_to: strength (={strength!r}) must be a finite number")
-        state_dict_misfits(adapter, shapes).raise_if_any("Adapter.apply_to")
+    by_layer = [(adapter, strengths_of(adapter, strength, "Adapter.apply_to")) for adapter, strength in strengths]
+    for number, (adapter, each) in enumerate(by_layer):
+        if problems := state_dict_misfits(adapter, shapes):
+            ways = ", or ".join(f"by rename({names})" for names, _ in renamings_that_fit(adapter, shapes))
+            raise ConvLoRAError(f"Adapter.apply_to: {problems}{f'; it fits {ways}' if ways else ''}")
         for path, layer in adapter.layers.items():
-            for kind in _kinds(layer):
+            for kind in _kinds(layer) if each[path] else ():
                 name = base_key(path, kind, state_dict, layer.spec)
                 name = aliases.get(name, name)
-                changes.setdefault(name, {}).setdefault(number, (adapter, layer, strength))
+                changes.setdefault(name, {}).setdefault(number, (adapter, layer, each[path]))
     plan = MergePlan({}, Problems())
-    mixed = _copies(strengths)
+    mixed = _copies(by_layer)
     for name in dict.fromkeys([*changes, *mixed]):
         parts, owned = [*changes.get(name, {}).values()], mixed.get(name, [])
         shape, dtype = _shape_and_dtype(shapes.get(name), owned)
@@ -184,7 +187,7 @@ def _shape_and_dtype(base: Any, copies: Sequence[tuple[Tensor, float]]) -> tuple
 
 
 def apply_adapters(
-    strengths: Sequence[tuple[AdapterParts, float]], state_dict: Mapping[str, Any], exact: bool = False
+    strengths: Sequence[tuple[AdapterParts, Strength]], state_dict: Mapping[str, Any], exact: bool = False
 ) -> dict[str, Any]:
     """See `Adapter.apply_to`; of several adapters the updates are summed before the one rounding, as in a model."""
     plan = plan_merge(strengths, state_dict, exact)
@@ -199,13 +202,13 @@ def apply_adapters(
     return result
 
 
-def _copies(strengths: Sequence[tuple[AdapterParts, float]]) -> dict[str, list[tuple[Tensor, float]]]:
+def _copies(by_layer: Sequence[tuple[AdapterParts, Mapping[str, float]]]) -> dict[str, list[tuple[Tensor, float]]]:
     """Entry of a checkpoint -> the copies that take its place, by strength."""
     found: dict[str, list[tuple[Tensor, float]]] = {}
-    for adapter, strength in strengths:
-        for path, tensors in adapter.modules.items() if strength else ():
-            for name, copy in tensors.items():
-                found.setdefault(tensor_key(path, name), []).append((copy, strength))
+    for adapter, each in by_layer:
+        for path, tensors in adapter.modules.items():
+            for name, copy in tensors.items() if each[path] else ():
+                found.setdefault(tensor_key(path, name), []).append((copy, each[path]))
     return found
 
 
@@ -232,6 +235,14 @@ def state_dict_misfits(adapter: AdapterParts, state_dict: Mapping[str, Any]) -> 
             if isinstance(base, Tensor) and base.dim() != copy.dim():
                 problems.mismatched.append(f"{name} {tuple(base.shape)} instead of {tuple(copy.shape)}")
     return problems
+
+
+def renamings_that_fit(adapter: A, state_dict: Mapping[str, Any], prefix: str = "") -> list[tuple[dict[str, str], A]]:
+    """The prefixes, added or taken away, by which an adapter fits a state dict, and the adapter by each."""
+    paths = dict.fromkeys(str(name).rpartition(".")[0] for name in state_dict)
+    paths |= {path: None for name in state_dict if (path := layer_of_weight(str(name))) is not None}
+    renamed = ((names, rename_layers(adapter, names)) for names in other_prefixes(adapter, paths, prefix))
+    return [(names, other) for names, other in renamed if not state_dict_misfits(other, state_dict)]
 
 
 def _kinds(layer: LayerFactors) -> tuple[str, ...]:

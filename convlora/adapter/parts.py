@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from convlora.config import AdapterConfig, is_number
+from convlora.config import AdapterConfig, Strength, is_number, strengths_by_layer
 from convlora.errors import ConvLoRAError, Problems
 from convlora.factors.base import PROJECTIONS, WeightSpec, get_factors
 from convlora.factors.fuse import is_finite
@@ -76,6 +76,11 @@ class AdapterParts:
         problems.raise_if_any("Adapter")
 
 
+def strengths_of(adapter: AdapterParts, strength: Strength, operation: str, what: str = "strength") -> dict[str, float]:
+    """Path -> strength, of all layers and copied modules; see `strengths_by_layer`."""
+    return strengths_by_layer(strength, dict.fromkeys([*adapter.layers, *adapter.modules]), operation, what)
+
+
 def layer_delta(config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False) -> Tensor:
     """ΔW of a layer with its scale and a strength, in the computation and the order of an adapted layer."""
     return unscaled_delta(config, layer, exact) * (strength * config.scale(layer.rank, layer.alpha))
@@ -90,6 +95,16 @@ def unscaled_delta(config: AdapterConfig, layer: LayerFactors, exact: bool = Fal
 def at_least_float32(tensor: Tensor) -> Tensor:
     """float32, or float64 as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+
+
+def is_statistic(name: str) -> bool:
+    """Whether PyTorch names running statistics, or their counter, like this.
+
+    Example:
+        >>> is_statistic("running_mean"), is_statistic("weight")
+        (True, False)
+    """
+    return name.startswith(("running_", "num_batches_tracked"))
 
 
 def tensor_key(path: str, name: str) -> str:

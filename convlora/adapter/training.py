@@ -13,7 +13,7 @@ from torch import Tensor
 
 from convlora.adapter.checkpoint import is_layer_weight, layer_of_weight
 from convlora.adapter.fingerprint import base_fingerprint
-from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, base_key, base_keys, tensor_key
+from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, base_key, base_keys, is_statistic, tensor_key
 from convlora.config import CHILD, AdapterConfig
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import Factorization, WeightSpec, get_factors
@@ -269,22 +269,18 @@ def _modules(entries: Entries, state: TrainingState, config: AdapterConfig, prob
     saved = {path for paths in names if any(_is_saved(path, config) for path in paths) for path in paths}
     for path, tensors in entries.items():
         own = {key[len(path) + 1 if path else 0 :]: base[key] for key in base if key.rpartition(".")[0] == path}
-        moved = all(map(_is_statistic, tensors))
+        moved = all(map(is_statistic, tensors))
         if not moved and path not in saved:
             problems.unexpected += [tensor_key(path, name) for name in tensors]
-        wanted = [name for name in own if not moved or _is_statistic(name)]
+        wanted = [name for name in own if not moved or is_statistic(name)]
         problems.missing += [tensor_key(path, name) for name in wanted if name not in tensors]
         if not (moved and all(name in own and _equal(tensor, own[name]) for name, tensor in tensors.items())):
             modules[path] = tensors  # a file without statistics that are the base's says the same
-    whole = [path for path, tensors in entries.items() if not all(map(_is_statistic, tensors))]
+    whole = [path for path, tensors in entries.items() if not all(map(is_statistic, tensors))]
     for target in config.modules_to_save:  # type: ignore[union-attr]
         if isinstance(target, str) and not any(_is_at_or_below(path, target) for path in whole):
             problems.missing.append(f"copies of modules_to_save '{target}'")
     return modules
-
-
-def _is_statistic(name: str) -> bool:
-    return name.startswith("running_") or name == "num_batches_tracked"
 
 
 def _equal(one: Tensor, other: Any) -> bool:
@@ -308,6 +304,6 @@ def _as_plain_data(config: AdapterConfig, layers: Mapping[str, Any], modules: En
     if not all(isinstance(target, str) for target in targets):
         config = config.replace(targets=tuple(f"re:{re.escape(path)}" for path in layers), exclude=())
     if not all(isinstance(target, str) for target in config.modules_to_save):  # type: ignore[union-attr]
-        whole = [path for path, tensors in modules.items() if not all(map(_is_statistic, tensors))]
+        whole = [path for path, tensors in modules.items() if not all(map(is_statistic, tensors))]
         config = config.replace(modules_to_save=tuple(f"re:{re.escape(path)}" for path in whole))
     return config

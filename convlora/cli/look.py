@@ -14,11 +14,12 @@ from convlora import formats
 from convlora.adapter.adapter import Adapter
 from convlora.adapter.algebra import dense_delta
 from convlora.adapter.checkpoint import plan_merge
+from convlora.adapter.naming import other_prefixes
 from convlora.adapter.parts import BIAS_DELTA, LayerFactors, tensor_key
 from convlora.cli.architecture import recognise_architecture
 from convlora.cli.console import emit, progress
 from convlora.cli.inputs import describe_match, fit_to_base, match_base, read_adapter, read_base, size_in_bytes
-from convlora.cli.options import BaseOption, File, Json
+from convlora.cli.options import BaseOption, File, Json, Network, Prefix
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
@@ -30,7 +31,7 @@ from convlora.support.table import text_table
 from convlora.targets import select_layers
 
 
-def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
+def info(file: File, base: BaseOption = None, network: Network = None, as_json: Json = False) -> None:
     """Show what is in an adapter.
 
     Config, layers, ranks, sizes, the Frobenius norm of each ΔW, and the fingerprint of the base. Reading checks the
@@ -41,7 +42,7 @@ def info(file: File, base: BaseOption = None, as_json: Json = False) -> None:
       convlora info rain.safetensors
       convlora info rain.safetensors --json | jq '.layers | map_values(.rank)'
     """
-    adapter = read_adapter(file, read_base(base))
+    adapter = read_adapter(file, read_base(base, network))
     format = formats.detect(file)
     with progress("norms"):
         layers = {path: _describe(adapter.config, layer) for path, layer in counted_steps(adapter.layers.items())}
@@ -86,19 +87,27 @@ def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="Adapter of any format.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Adapter of any format, also another.")],
     base: BaseOption = None,
+    prefix: Annotated[
+        str,
+        typer.Option(
+            "--prefix", metavar="TEXT", help="What the names of A or of B begin with and those of the other do not."
+        ),
+    ] = "",
+    network: Network = None,
     as_json: Json = False,
 ) -> None:
     """Compare what two adapters do, layer by layer.
 
     The distance is the Frobenius norm of the difference of both ΔW, relative to the larger of their norms: 0 for the
-    same update, whatever its factors, and at most 2. Formats may differ.
+    same update, whatever its factors, and at most 2. Formats may differ, and names by a prefix.
 
     \b
     Example:
       convlora diff rain.safetensors rain-small.safetensors
     """
-    checkpoint = read_base(base)
+    checkpoint = read_base(base, network)
     ours, theirs = read_adapter(a, checkpoint), read_adapter(b, checkpoint)
+    theirs = _with_names_of(ours, theirs, a, b, prefix)
     both = [path for path in ours.layers if path in theirs.layers]
     other = [path for path in both if ours.layers[path].spec != theirs.layers[path].spec]
     with progress("distances"):
@@ -135,12 +144,27 @@ def diff(
     emit(report, "\n".join(lines), as_json)
 
 
+def _with_names_of(ours: Adapter, theirs: Adapter, a: Path, b: Path, prefix: str) -> Adapter:
+    """The adapter B by the names of A, where they differ by a prefix: the one that is given, or the only one."""
+    if not prefix and any(path in ours.layers for path in theirs.layers):
+        return theirs
+    mine, other = ([*adapter.layers, *adapter.modules] for adapter in (ours, theirs))
+    ways = other_prefixes(theirs, mine, prefix)
+    ways = ways or [{new: old} for names in other_prefixes(ours, other, prefix) for old, new in names.items()]
+    if len(ways) == 1:
+        return theirs.rename(ways[0])
+    if prefix:
+        raise ConvLoRAError(f"diff: the names of '{a}' and '{b}' do not differ by {prefix!r}")
+    return theirs
+
+
 def layers(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights of a network.")],
     patterns: Annotated[list[str] | None, typer.Argument(metavar="PATTERN", help="Targets, as `inject`'s.")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="What PATTERN must not select; repeatable.")
     ] = None,
+    network: Network = None,
     as_json: Json = False,
 ) -> None:
     """Show the layers that patterns select.
@@ -154,7 +178,7 @@ def layers(
       convlora layers RealESRGAN_x4plus.pth
       convlora layers RealESRGAN_x4plus.pth "*.conv[12].0" --exclude "*.RDB3.*"
     """
-    state = Checkpoint.read(checkpoint).state
+    state = Checkpoint.read(checkpoint, network).state
     known = recognise_architecture(state)
     every = specs_of(known.model) if known else specs_from_checkpoint(state)
     if not every:
@@ -199,6 +223,8 @@ def verify(
     base: Annotated[
         Path | None, typer.Option("--base", metavar="CHECKPOINT", help="Also check that it fits, and was adapted.")
     ] = None,
+    prefix: Prefix = "",
+    network: Network = None,
     as_json: Json = False,
 ) -> None:
     """Check that an adapter is sound and fits.
@@ -210,11 +236,11 @@ def verify(
     Example:
       convlora verify rain.safetensors --base span.safetensors
     """
-    checkpoint = read_base(base)
+    checkpoint = read_base(base, network)
     report: dict[str, Any] = {"file": str(file), "base": str(base) if base else None, "ok": True, "checks": {}}
     checks = report["checks"]
     try:
-        adapter = read_adapter(file, checkpoint)
+        adapter = read_adapter(file, checkpoint, prefix=prefix)
     except ConvLoRAError as error:
         checks["file"] = {"ok": False, "what": _cause(error)}
     else:
@@ -222,7 +248,7 @@ def verify(
         copies = f" and copies of {len(adapter.modules)} modules" if adapter.modules else ""
         checks["file"] = {"ok": True, "what": f"{len(adapter.layers)} layers{copies}, {checksum}, all values finite"}
         if checkpoint is not None and base is not None:
-            checks.update(_against(adapter, file, checkpoint, base))
+            checks.update(_against(adapter, file, checkpoint, base, prefix))
     failed = [name for name, check in checks.items() if check["ok"] is False]
     report["ok"] = not failed
     words = {True: "ok", False: "FAILED", None: "unknown"}
@@ -232,11 +258,13 @@ def verify(
         raise ConvLoRAError(f"verify: {'; '.join(checks[name]['what'] for name in failed)}")
 
 
-def _against(adapter: Adapter, file: Path, checkpoint: Checkpoint, base: Path) -> dict[str, dict[str, Any]]:
+def _against(
+    adapter: Adapter, file: Path, checkpoint: Checkpoint, base: Path, prefix: str
+) -> dict[str, dict[str, Any]]:
     """What becomes of an adapter on a base: whether it fits, and whether the base is the one that was adapted."""
-    state = checkpoint.fitting(adapter.layers).state
+    state = checkpoint.state
     try:
-        placed = fit_to_base(adapter, state, file, base, "verify")
+        placed = fit_to_base(adapter, state, file, base, "verify", prefix)
         plan = plan_merge([(placed, 1.0)], state)
         with progress("merging"):
             for entry in counted_steps({id(entry): entry for entry in plan.entries.values()}.values()):

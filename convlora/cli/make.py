@@ -28,7 +28,21 @@ from convlora.cli.inputs import (
     read_training_checkpoint,
     size_in_bytes,
 )
-from convlora.cli.options import Adapters, Base, BaseOption, Energy, File, Force, Form, Json, Name, Out, Rank
+from convlora.cli.options import (
+    Adapters,
+    Base,
+    BaseOption,
+    Energy,
+    File,
+    Force,
+    Form,
+    Json,
+    Name,
+    Network,
+    Out,
+    Prefix,
+    Rank,
+)
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
 from convlora.formats.checkpoints import SAFETENSORS, SUFFIXES, Checkpoint
 from convlora.support.table import text_table
@@ -43,9 +57,17 @@ def merge(
     adapters: Adapters,
     out: Out,
     strength: Annotated[
-        list[float] | None,
-        typer.Option("--strength", "-s", metavar="X", help="Of each adapter in turn, or one for all. Default: 1."),
+        list[str] | None,
+        typer.Option(
+            "--strength",
+            "-s",
+            metavar="X",
+            help="Of each adapter in turn, or one for all: a number, or a .json file {pattern: number} by layer,"
+            " of which the last that matches wins. Default: 1.",
+        ),
     ] = None,
+    prefix: Prefix = "",
+    network: Network = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -53,21 +75,23 @@ def merge(
 
     The result is for every program that loads the base. Works on the bare weights, no network needed; key order,
     dtypes, nesting, metadata and all other weights stay. Where a file holds `params_ema` and `params`, the former is
-    adapted. A base other than the one that was adapted, or another precision of it, gives a warning: for a fine-tuned
-    base that is meant.
+    adapted, unless --network says otherwise. A base other than the one that was adapted, or another precision of it,
+    gives a warning: for a fine-tuned base that is meant.
 
     \b
     Examples:
       convlora merge span.safetensors rain.safetensors -o rainy.safetensors
       convlora merge span.safetensors rain.safetensors snow.safetensors -s 0.7 -s 0.3 -o both.safetensors
+      convlora merge span.safetensors rain.safetensors --strength night.json -o softer.safetensors
     """
     check_output(out, [base, *adapters], force, "merge", SUFFIXES)
     strengths = per_adapter(strength or [], adapters, "merge", "--strength")
-    checkpoint = Checkpoint.read(base)
-    loaded = [read_adapter(file, checkpoint) for file in adapters]
-    checkpoint = checkpoint.fitting([path for adapter in loaded for path in adapter.layers])
+    checkpoint = Checkpoint.read(base, network)
+    loaded = [read_adapter(file, checkpoint, prefix=prefix) for file in adapters]
     state = checkpoint.state
-    placed = [fit_to_base(adapter, state, file, base, "merge") for adapter, file in zip(loaded, adapters, strict=True)]
+    placed = [
+        fit_to_base(adapter, state, file, base, "merge", prefix) for adapter, file in zip(loaded, adapters, strict=True)
+    ]
     plan = plan_merge(list(zip(placed, strengths, strict=True)), state)
     matches = [match_base(adapter, there, state) for adapter, there in zip(loaded, placed, strict=True)]
     with progress("merging"):
@@ -105,6 +129,7 @@ def extract(
     energy: Energy = None,
     factors: Annotated[Form, typer.Option("--factors", help="Factorization.")] = "convlora",
     name: Name = None,
+    network: Network = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -120,7 +145,7 @@ def extract(
     """
     check_output(out, [base, tuned], force, "extract", [SAFETENSORS])
     check_rank_or_energy("extract", rank, energy)
-    before, after = Checkpoint.read(base).state, Checkpoint.read(tuned).state
+    before, after = Checkpoint.read(base, network).state, Checkpoint.read(tuned, network).state
     shapes = shapes_of(before)
     if not set(before) & set(after):
         raise ConvLoRAError(f"extract: '{base}' and '{tuned}' have no name in common; are they of one network?")
@@ -142,6 +167,7 @@ def resize(
     rank: Rank = None,
     energy: Energy = None,
     base: BaseOption = None,
+    network: Network = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -156,7 +182,7 @@ def resize(
     """
     check_output(out, [file, base], force, "resize", [SAFETENSORS])
     check_rank_or_energy("resize", rank, energy)
-    adapter = read_adapter(file, read_base(base))
+    adapter = read_adapter(file, read_base(base, network))
     with progress("resizing"):
         small = adapter.resize(rank=rank, energy=energy)
     _write(small, out, as_json)
@@ -166,12 +192,19 @@ def combine(
     adapters: Adapters,
     out: Out,
     weight: Annotated[
-        list[float] | None,
-        typer.Option("--weight", "-w", metavar="X", help="Of each adapter in turn, or one for all. Default: 1."),
+        list[str] | None,
+        typer.Option(
+            "--weight",
+            "-w",
+            metavar="X",
+            help="Of each adapter in turn, or one for all: a number, or a .json file {pattern: number} by layer."
+            " Default: 1.",
+        ),
     ] = None,
     factors: Annotated[Form | None, typer.Option("--factors", help="Bring all to this factorization first.")] = None,
     name: Name = None,
     base: BaseOption = None,
+    network: Network = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -185,7 +218,7 @@ def combine(
     """
     check_output(out, [*adapters, base], force, "combine", [SAFETENSORS])
     weights = per_adapter(weight or [], adapters, "combine", "--weight")
-    checkpoint = read_base(base)
+    checkpoint = read_base(base, network)
     loaded = [read_adapter(file, checkpoint, name=name) for file in adapters]
     if factors is not None:
         with progress("refactoring"):
@@ -224,6 +257,7 @@ def convert(
         ),
     ] = None,
     base: BaseOption = None,
+    network: Network = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -245,14 +279,14 @@ def convert(
       convlora convert last.ckpt --config config.json --to convlora -o last.safetensors
     """
     check_output(out, [file, base, config], force, "convert", [] if to == "peft" else _suffixes(to))
-    checkpoint = read_base(base)
+    checkpoint = read_base(base, network)
     reading = formats.detect(file) if config is None else "checkpoint"
     if config is None:
         adapter = read_adapter(file, checkpoint, rank=rank, alpha=alpha if reading == "loralib" else None, name=name)
     elif rank is not None:
         raise ConvLoRAError("convert: --rank is for loralib files; of a training checkpoint --config says the ranks")
     else:
-        adapter = read_training_checkpoint(file, config, name)
+        adapter = read_training_checkpoint(file, config, name, network)
     form = NEEDED.get(to, factors or adapter.config.factors)
     if factors not in (None, form):
         raise ConvLoRAError(f"convert: {to} files hold {form!r} factors only; leave --factors out")

@@ -25,3 +25,18 @@ BaseOption = Annotated[
     Path | None,
     typer.Option("--base", metavar="CHECKPOINT", help="The base, for files that do not say enough about its layers."),
 ]
+Prefix = Annotated[
+    str,
+    typer.Option(
+        "--prefix",
+        metavar="TEXT",
+        help="What the names of one side, the adapter's or the base's, begin with and those of the other do not;"
+        " by default it is found.",
+    ),
+]
+Network = Annotated[
+    str | None,
+    typer.Option(
+        "--network", metavar="KEY", help="Which of several networks in the checkpoint: params, generator_ema …"
+    ),
+]

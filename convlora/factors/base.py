@@ -122,7 +122,8 @@ _GROWING: dict[str, frozenset[str]] = {}  # of each, the factors that start at z
 # A factor's tensor becomes a parameter of the module that holds the factors: these names it has already.
 _RESERVED = frozenset(dir(nn.Module())) | {
     "alpha", "config", "configure", "copy_", "drops", "factorization", "factors", "follow", "in_float64", "lora_bias",
-    "rank", "reset_parameters", "scale", "set_strength", "spec", "strength", "tensor_names", "updates", "was_loaded",
+    "lora_scale", "rank", "reset_parameters", "scale", "set_strength", "spec", "strength", "tensor_names", "updates",
+    "was_loaded",
 }  # fmt: skip
 
 

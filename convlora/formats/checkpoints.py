@@ -7,8 +7,8 @@ import io
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from convlora.adapter.checkpoint import MergedEntry
-from convlora.adapter.parts import base_keys
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, one_line
 from convlora.support.atomic import write_atomically
 from convlora.support.progress import counted_steps
@@ -29,6 +28,8 @@ SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".ckpt", ".bin")  # all but the first as
 
 # Where training code nests its state dict; of several, spandrel takes the first of this list, too.
 NESTED = ("model_state_dict", "state_dict", "params_ema", "params-ema", "params", "model", "net")
+_DEEPEST = 8  # levels of nesting that are looked into
+_SHOWN = 12  # names in an error message
 WRAPPERS = ("module.", "_orig_mod.", "netG.")  # DataParallel and DDP, torch.compile, some training code
 
 
@@ -57,26 +58,26 @@ class Checkpoint:
     prefix: str = ""
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Checkpoint:
+    def read(cls, path: str | os.PathLike[str], network: str | None = None) -> Checkpoint:
         """Read a `.safetensors` file, or one of `torch.save` with `weights_only=True`.
 
         Of the former only the header: its tensors are read as they are asked for, and it stays open. The latter's
         tensors are mapped into memory where its zip allows.
 
+        `network`: which of several state dicts, by its key or the dotted keys that lead to it, or by what all its names
+        begin with; by default the first of `NESTED`, or the only one.
+
         Raises:
-            ConvLoRAError: no such file, one that holds more than tensors and plain data, or one without a state dict.
+            ConvLoRAError: no such file, one that holds more than tensors and plain data, or one without a state dict,
+                with none of this name, or with several and no name.
         """
         path = Path(path)
         if path.suffix.lower() not in SUFFIXES:
             raise ConvLoRAError(f"read: '{path}' is no checkpoint by its name; known are {', '.join(SUFFIXES)}")
         content = _opened(path) if path.suffix.lower() == SAFETENSORS else _of_torch(path)
-        where = _where_nested(content)
-        state = _inside(content, where)
-        if not any(isinstance(value, Tensor) for value in shapes_of(state).values()):
-            inside = f" (in '{'.'.join(where)}')" if where else ""
-            raise ConvLoRAError(f"read: '{path}' holds no state dict{inside}; save the model's state_dict() alone")
-        prefix = ""
-        while wrapper := next((w for w in WRAPPERS if all(name.startswith(prefix + w) for name in state)), None):
+        where, prefix = _where_nested(content, path) if network is None else _where_named(content, network, path)
+        names = [name for name in _inside(content, where) if name.startswith(prefix)]
+        while wrapper := next((w for w in WRAPPERS if all(name.startswith(prefix + w) for name in names)), None):
             prefix += wrapper
         return cls(path, content, where, prefix)
 
@@ -95,27 +96,7 @@ class Checkpoint:
     def beside(self) -> list[str]:
         """Further state dicts at the same place: they are neither read nor changed."""
         holder = _inside(self.content, self.where[:-1]) if self.where else {}
-        return [name for name in NESTED if name not in self.where and _is_state_dict(holder.get(name))]
-
-    def fitting(self, layers: Iterable[str]) -> Checkpoint:
-        """The checkpoint with the one prefix under which it has all these layers; as it is if there is none.
-
-        Raises:
-            ConvLoRAError: the checkpoint has the layers under several prefixes.
-        """
-        names = set(_inside(self.content, self.where))
-        weights = [base_keys(path, "weight") for path in layers]
-
-        def has_all(prefix: str) -> bool:
-            return all(any(prefix + key in names for key in keys) for keys in weights)
-
-        if has_all(self.prefix):
-            return self
-        ends = {n.removesuffix(key) for key in weights[0] for n in names if f".{n}".endswith(f".{key}")}
-        prefixes = sorted(filter(has_all, ends))
-        if len(prefixes) > 1:
-            raise ConvLoRAError(f"read: '{self.path}' has these layers several times: below {', '.join(prefixes)}")
-        return replace(self, prefix=prefixes[0]) if prefixes else self
+        return [name for name, value in holder.items() if name not in self.where and _is_state_dict(value)]
 
     def write(
         self,
@@ -256,16 +237,68 @@ def _all_written(out: BinaryIO, data: Any) -> None:
     out.write(data)
 
 
-def _where_nested(content: Mapping[str, Any]) -> tuple[str, ...]:
+def _where_nested(content: Mapping[str, Any], path: Path) -> tuple[tuple[str, ...], str]:
+    """The keys that lead to the state dict that is meant where nobody says which, and no prefix."""
+    where = _where_meant(content)
+    if _is_state_dict(_inside(content, where)):
+        return where, ""
+    networks = list(_networks(content))
+    if len(networks) == 1:
+        return networks[0], ""
+    if networks:
+        raise ConvLoRAError(f"read: '{path}' holds {_several(networks)}; say which by network=")
+    inside = f" (in '{'.'.join(where)}')" if where else ""
+    raise ConvLoRAError(f"read: '{path}' holds no state dict{inside}; save the model's state_dict() alone")
+
+
+def _where_named(content: Mapping[str, Any], network: str, path: Path) -> tuple[tuple[str, ...], str]:
+    """The keys that lead to a state dict of this name, or the prefix of its names in the one that is meant else."""
+    networks = {".".join(where): where for where in _networks(content)}
+    if network in networks:
+        return networks[network], ""
+    found = [where for name, where in networks.items() if name.endswith(f".{network}")]
+    if len(found) == 1:
+        return found[0], ""
+    if found:
+        raise ConvLoRAError(f"read: '{path}' holds {_several(found)}; say which by network=")
+    where = _where_meant(content)
+    names = [name for name, value in shapes_of(_inside(content, where)).items() if isinstance(value, Tensor)]
+    if any(name.startswith(f"{network}.") for name in names):
+        return where, f"{network}."
+    known: Sequence[Sequence[str]] = [keys for keys in networks.values() if keys]
+    known = known or [(head,) for head in dict.fromkeys(name.partition(".")[0] for name in names)]
+    raise ConvLoRAError(f"read: '{path}' holds no network {network!r}; it has {_several(known) or 'none'}")
+
+
+def _where_meant(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that lead to the first of `NESTED`, as far as they go."""
     where: tuple[str, ...] = ()
-    while not _is_state_dict(content):
-        known = [name for name in NESTED if isinstance(content.get(name), Mapping)]
-        only = [name for name in content if len(content) == 1 and isinstance(content[name], Mapping)]
+    inner: Any = content
+    while not _is_state_dict(inner) and len(where) < _DEEPEST:
+        known = [name for name in NESTED if isinstance(inner.get(name), Mapping)]
+        only = [name for name in inner if len(inner) == 1 and isinstance(inner[name], Mapping)]
         if not known and not only:
             break
         where = (*where, (known or only)[0])
-        content = content[where[-1]]
+        inner = inner[where[-1]]
     return where
+
+
+def _networks(content: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The keys that lead to each state dict, a part of another one, too."""
+    ahead: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    seen = set()  # a file can hold a dict at many places, in itself, too
+    for where, inner in ahead:
+        if _is_state_dict(inner):
+            yield where
+        if isinstance(inner, Mapping) and id(inner) not in seen and len(where) < _DEEPEST:
+            seen.add(id(inner))
+            ahead += [((*where, name), value) for name, value in shapes_of(inner).items() if isinstance(name, str)]
+
+
+def _several(networks: Sequence[Sequence[str]]) -> str:
+    shown = [".".join(where) for where in networks]
+    return ", ".join(shown[:_SHOWN]) + (f", … ({len(shown)})" if len(shown) > _SHOWN else "")
 
 
 def _is_state_dict(value: Any) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from convlora.adapter.adapter import Adapter
 from convlora.adapter.algebra import assemble
-from convlora.adapter.parts import BIAS_DELTA, LayerFactors
+from convlora.adapter.parts import BIAS_DELTA, LayerFactors, is_statistic
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems, one_line
 from convlora.factors.base import WeightSpec
@@ -60,7 +60,6 @@ _REFUSED = {
     "use_qalora": "QALoRA pools its input",
 }
 _LOOK, _MOST_LOOKED = 100, 200_000_000  # characters: what starting a search costs, and what all may cost, about 0.1 s
-_STATISTICS = ("running_", "num_batches_tracked")
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights
 _TENSORS = {
     "lora_magnitude_vector": "DoRA rescales the whole weight",
@@ -251,7 +250,7 @@ def _check(adapter: Adapter) -> None:
 def _whole_modules(adapter: Adapter, base: Mapping[str, Any] | None) -> dict[str, dict[str, Tensor]]:
     """The copies with all that their modules hold beside statistics, as PEFT has them."""
     whole = {path: dict(tensors) for path, tensors in adapter.modules.items()}
-    alone = [path for path, tensors in whole.items() if all(name.startswith(_STATISTICS) for name in tensors)]
+    alone = [path for path, tensors in whole.items() if all(map(is_statistic, tensors))]
     if alone and base is None:
         raise ConvLoRAError(
             f"write: PEFT saves whole modules, and of {len(alone)} (first: '{alone[0]}') the adapter has running"

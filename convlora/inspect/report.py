@@ -27,7 +27,7 @@ from convlora.support.table import text_table
 class LayerSummary:
     """One adapter on one layer, or on a module that it has a copy of (`factors` is `"copy"`, `rank` 0).
 
-    `share` is of the layer's own weight and bias, or of the module's Parameters.
+    `share` is of the layer's own weight and bias, or of the module's Parameters; `strength` is 0 where it does not act.
     """
 
     name: str
@@ -38,6 +38,7 @@ class LayerSummary:
     rank: int
     parameters: int
     share: float
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,20 @@ class Summary:
              f"{e.share:.1%}"]
             for e in self.layers
         ]  # fmt: skip
+        if any(entry.strength != 1 for entry in self.layers):
+            columns.append("strength")
+            rows = [[*row, f"{entry.strength:g}"] for row, entry in zip(rows, self.layers, strict=True)]
         share = f" ({self.trainable / self.base:.2%} of the base)" if self.base else ""
         foot = f"{self.trainable:,} of {self.total:,} parameters train{share}"
         kept = [
             f"; {name!r} has running statistics of {count} module{'s' * (count != 1)}"
             for name, count in self.statistics.items()
         ]
-        return f"{text_table(columns, rows, right=3)}\n{foot}{''.join(kept)}"
+        return f"{text_table(columns, rows, right=len(columns) - 5)}\n{foot}{''.join(kept)}"
 
 
 def summary(model: nn.Module) -> Summary:
-    """Per layer and adapter: type, weight shape, factorization, rank, parameters and their share of the layer's.
+    """Per layer and adapter: type, weight shape, factorization, rank, parameters, their share of the layer's, strength.
 
     Works on a plain model, too: then `layers` is empty.
 
@@ -91,21 +95,21 @@ def summary(model: nn.Module) -> Summary:
     brought: set[int] = set()
     for path, module in adapted_modules(root).items():
         kind = class_name(module)
-        own = own_tensors(module)
+        own, strengths = own_tensors(module), slot_of(module).acting()
         for name in slot_of(module).names():
-            entry = slot_of(module).entry(name)
+            entry, strength = slot_of(module).entry(name), strengths.get(name, 0.0)
             count = sum(p.numel() for p in entry.parameters())
             brought |= {id(p) for p in entry.parameters()}
             if isinstance(entry, LowRank):
                 size = sum(t.numel() for n in ("weight", "bias") if (t := peek_base_tensor(module, n)) is not None)
                 row = LayerSummary(
-                    path, kind, entry.spec.shape, name, entry.config.factors, entry.rank, count, count / size
+                    path, kind, entry.spec.shape, name, entry.config.factors, entry.rank, count, count / size, strength
                 )
                 entries.append(row)
             elif count:
                 size = sum(t.numel() for t in own.values() if isinstance(t, nn.Parameter))
                 shape = tuple(next(entry.parameters()).shape)
-                entries.append(LayerSummary(path, kind, shape, name, "copy", 0, count, count / max(size, 1)))
+                entries.append(LayerSummary(path, kind, shape, name, "copy", 0, count, count / max(size, 1), strength))
             elif entry.tensor_names():
                 statistics[name] += 1
     base_count = sum(p.numel() for p in root.parameters() if id(p) not in brought)

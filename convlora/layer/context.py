@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import groupby
 from typing import NamedTuple, Protocol
@@ -70,18 +70,25 @@ _GRAPHS_READ_CONTEXT = torch.__version__ >= "2.14"  # compares as versions do
 
 
 @contextlib.contextmanager
-def choosing(slots: Sequence[Chosen], choice: Choice) -> Iterator[None]:
+def choosing(slots: Iterable[Chosen], choice: Choice) -> Iterator[None]:
     """Inside the block this caller, and what it starts, computes with the choice in these slots."""
-    _count(slots, 1)
-    token = _choices.set({**(_choices.get() or {}), **dict.fromkeys(slots, choice)})
+    with choosing_each(dict.fromkeys(slots, choice)):
+        yield
+
+
+@contextlib.contextmanager
+def choosing_each(choices: Mapping[Chosen, Choice]) -> Iterator[None]:
+    """The same, with a choice for each slot."""
+    _count(choices, 1)
+    token = _choices.set({**(_choices.get() or {}), **choices})
     try:
         yield
     finally:
         _choices.reset(token)
-        _count(slots, -1)
+        _count(choices, -1)
 
 
-def _count(slots: Sequence[Chosen], step: int) -> None:
+def _count(slots: Iterable[Chosen], step: int) -> None:
     with _counting:
         for slot in slots:
             slot.choices += step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from convlora.config import AdapterConfig
 from convlora.factors.base import Factorization, WeightSpec, get_factors
 from convlora.layer.loading import AdapterTensors
-from convlora.layer.sharded import sharded_like
+from convlora.layer.sharded import full_tensor, sharded_like
+
+SCALE = "lora_scale"  # beside the factors in a full checkpoint
+_SAME_SCALE = 0.01  # relative: a checkpoint may have been cast to bfloat16, or averaged
 
 
 class LowRank(AdapterTensors):
@@ -34,6 +38,7 @@ class LowRank(AdapterTensors):
     ) -> None:
         super().__init__()
         self.config, self.spec, self.rank, self.alpha = config, spec, rank, alpha
+        self._factors = config.factors  # apart: a graph of PyTorch 2.7 stands on every field of a config that it reads
         self.strength = 1.0
         self._has_bias = bias  # a plain attribute: asked at every read of a bias
         given = factors or {}
@@ -47,15 +52,17 @@ class LowRank(AdapterTensors):
         gain = torch.empty((), dtype=torch.float32, device=device)
         self.register_buffer("_gain", gain, persistent=False)
         self.register_buffer("_bias_gain", gain.clone() if bias else None, persistent=False)
+        self.register_buffer(SCALE, None)
         if given:
             self.copy_(given)
         elif device.type != "meta":
             self.reset_parameters()
         self.set_strength(1.0)
+        self._state_scale()
 
     @property
     def factorization(self) -> Factorization:
-        return get_factors(self.config.factors)
+        return get_factors(self._factors)
 
     def updates(self, kind: str) -> bool:
         """Whether it has an update of the weight, or of the bias."""
@@ -90,6 +97,7 @@ class LowRank(AdapterTensors):
         """Become the adapter of another file with the same shapes."""
         self.config, self.alpha = config, alpha
         self.set_strength(self.strength)
+        self._state_scale()
 
     def set_strength(self, strength: float) -> None:
         self.strength = strength
@@ -97,6 +105,12 @@ class LowRank(AdapterTensors):
             self._gain.fill_(strength * self.scale)
             if self._bias_gain is not None:
                 self._bias_gain.fill_(strength)
+
+    def _state_scale(self) -> None:
+        """Have the scale as a buffer, for checkpoints alone: the same factors at another scale are another update."""
+        device = getattr(self, self._tensors[0]).device
+        with torch.inference_mode(False):  # a new one: `load_state_dict(assign=True)` brings the checkpoint's own
+            self._buffers[SCALE] = torch.full((), self.scale, dtype=torch.float32, device=device)
 
     def _mask(self) -> Tensor:
         """Which rank components a call keeps, drawn anew, each weighed so that the mean stays: `(rank,)`."""
@@ -162,4 +176,40 @@ class LowRank(AdapterTensors):
         if was_meta and not self._gain.is_meta:  # memory without values: start as a new adapter does
             self.reset_parameters()
         self.set_strength(self.strength)
+        self._state_scale()
         return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As all modules do, but factors at another scale are an error; a checkpoint that states none passes."""
+        key = prefix + SCALE
+        if (stated := _number(state_dict.get(key))) is not None and not self._is_scale(stated):
+            alpha = stated * self.rank / self.config.scale(self.rank, self.rank)
+            error_msgs.append(
+                f"{prefix.removesuffix('.')}: the checkpoint's adapter has scale {stated:g}, the model's {self.scale:g}"
+                f" (alpha {self.alpha:g}, rank {self.rank}, {self.config.rank_scaling}); inject with alpha={alpha:g}"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key in missing_keys:
+            missing_keys.remove(key)
+        self._state_scale()
+
+    def _is_scale(self, stated: float) -> bool:
+        return math.isclose(stated, self.scale, rel_tol=_SAME_SCALE, abs_tol=1e-30)
+
+
+def _number(value: Any) -> float | None:
+    """The number in a tensor that has one, of a checkpoint; None for anything else."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_meta or type(value).__name__ == "FakeTensor":
+        return None
+    return float(full_tensor(value))

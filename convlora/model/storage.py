@@ -6,15 +6,17 @@ import contextlib
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Container, Mapping
-from typing import Any, TypeVar
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from convlora.adapter.adapter import Adapter
+from convlora.adapter.algebra import padded
 from convlora.adapter.cast import cast_adapter
 from convlora.adapter.fingerprint import base_fingerprint, compare_bases
+from convlora.adapter.naming import describe_prefix, other_prefixes
 from convlora.adapter.parts import LayerFactors, tensor_key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
@@ -148,19 +150,29 @@ def save(
     return model
 
 
-def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None = None, strict: bool = True) -> M:
+def load(
+    model: M,
+    path: str | os.PathLike[str] | Adapter,
+    *,
+    name: str | None = None,
+    prefix: str = "",
+    strict: bool = True,
+) -> M:
     """Put the adapter of a file (or an `Adapter`) on a model: `inject` and restore, from the file alone.
 
-    Onto an adapter of the same name with the same shapes it copies in place: a hot swap, which recompiles nothing.
+    Onto an adapter of the same name and layers it copies in place: a hot swap, which recompiles nothing. Layers of
+    lower ranks than the model's get components that update nothing.
     A new adapter acts, beside those that already do; `activate` chooses. `name`: another name than the file's.
+    `prefix`: what all names of one side, the file's or the model's, begin with and those of the other do not, as
+    `"net."` of a network inside of another; left out, it is found where exactly one makes all of the file fit.
     `strict=False` takes what fits and warns of the rest. A base other than the adapted one, or another precision of
     it, gives a warning; one that is equal up to rounding does not.
     A model that FSDP2 has sharded takes a hot swap only, and every process has to call it and reads the file.
     It changes the model for everybody: nobody may be running it meanwhile.
 
     Raises:
-        ConvLoRAError: the file is damaged or foreign, or layers are missing, unexpected or of other shapes; all are
-            listed, and the model is left as it was.
+        ConvLoRAError: the file is damaged or foreign, layers are missing, unexpected or of other shapes, or of a higher
+            rank than those of the adapter to be swapped; all are listed, and the model is left as it was.
 
     Example:
         >>> import tempfile
@@ -171,55 +183,135 @@ def load(model: M, path: str | os.PathLike[str] | Adapter, *, name: str | None =
         ...     _ = save(inject(base, targets="*", rank=1), f"{folder}/rain.safetensors")
         ...     fresh = load(fresh, f"{folder}/rain.safetensors")
     """
+    if not isinstance(prefix, str):
+        raise ConvLoRAError(f"load: prefix (={prefix!r}) must be a string")
     root = unwrap_model(model, "load")
     reshard_model(root, "load")
-    loaded = on_all_ranks(device_mesh_of(root), lambda: path if isinstance(path, Adapter) else Adapter.read(path))
-    config = loaded.config if name is None else loaded.config.replace(name=name)
+    as_named = on_all_ranks(device_mesh_of(root), lambda: path if isinstance(path, Adapter) else Adapter.read(path))
+    config = as_named.config if name is None else as_named.config.replace(name=name)
     present = {p: m for p, m in adapted_modules(root).items() if config.name in slot_of(m).names()}
-    if present:  # whose statistics move is a matter of the copies that are there
-        there = slot_of(next(iter(present.values()))).entry(config.name).config
-        config = config.replace(norm_statistics=there.norm_statistics)
-    else:
+    if not present:
         check_injectable(model, config, "load")
-    swap = config.name if present else None
-    fitting, problems = _match(root, loaded, swap)
-    modules = _match_modules(root, loaded, swap, problems)
+    loaded, fitting, modules, problems, note = _best_match(root, as_named, config.name if present else None, prefix)
     fitting_ids = {id(module) for module in (*fitting.values(), *modules.values())}
     left_out = {p: slot_of(m).entry(config.name) for p, m in present.items() if id(m) not in fitting_ids}
     bad = {text.split(" ")[0] for text in problems.mismatched}
     problems.missing += [p for p, entry in left_out.items() if p not in bad and not _is_optional(present[p], entry)]
-    complaint = str(problems)
-    if problems.unexpected:
-        complaint += f"; {nearest_names(problems.unexpected[0].split(' ')[0], dict(named_layers(root)))}"
+    complaint = f"{problems}{note}"
     if problems and (strict or not fitting):
-        hint = f"; adapter {config.name!r} is on the model already: name= loads beside it" if present else ""
-        raise ConvLoRAError(f"load: {complaint}{hint}")
+        raise ConvLoRAError(f"load: {complaint}{_swap_remedy(loaded, present, config.name)}")
     if problems:
         warnings.warn(f"load: left out what does not fit: {complaint}", ConvLoRAWarning, stacklevel=2)
-    elif loaded.fingerprint is not None:
-        found = compare_bases(loaded.fingerprint, _base_weights(fitting))
-        if found.kind in ("precision", "other"):
-            where = "the model has" if found.kind == "precision" else "the adapter was trained on"
-            warnings.warn(f"load: {where} {found}", ConvLoRAWarning, stacklevel=2)
-    if not present:
-        copies = [CopyPlacement(p, m, list(loaded.modules[p]), loaded.modules[p]) for p, m in modules.items()]
-        for copy in copies:
-            check_copyable(copy.path, copy.module, "load")
-        taken = {id(m) for m in (*modules.values(), *fitting.values())}
-        copies += plan_statistics(root, config, taken, "load")
-        place_adapter(root, [_placement(p, layer, loaded.layers[p]) for p, layer in fitting.items()], copies, config)
-        return model
+    else:
+        _warn_of_another_base(as_named, [fitting[p] for p in loaded.layers], note)
+    if present:
+        _swap(loaded, config.name, present, fitting, modules)
+    else:
+        _place(root, loaded, config.name, fitting, modules)
+    return model
+
+
+def _warn_of_another_base(loaded: Adapter, layers: Sequence[nn.Module], note: str) -> None:
+    """`layers`: those of the model, in the order of the adapter's, whose names the fingerprint covers."""
+    adapted = dict(zip(loaded.layers, layers, strict=True))
+    if loaded.fingerprint is None:
+        return
+    found = compare_bases(loaded.fingerprint, _base_weights(adapted))
+    if found.kind in ("precision", "other"):
+        where = "the model has" if found.kind == "precision" else "the adapter was trained on"
+        warnings.warn(f"load: {where} {found}{note}", ConvLoRAWarning, stacklevel=3)
+
+
+def _place(
+    root: nn.Module, loaded: Adapter, name: str, fitting: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
+) -> None:
+    """Put a new adapter on a model."""
+    config = loaded.config.replace(name=name)
+    copies = [CopyPlacement(p, m, list(loaded.modules[p]), loaded.modules[p]) for p, m in modules.items()]
+    for copy in copies:
+        check_copyable(copy.path, copy.module, "load")
+    taken = {id(m) for m in (*modules.values(), *fitting.values())}
+    copies += plan_statistics(root, config, taken, "load")
+    place_adapter(root, [_placement(p, layer, loaded.layers[p]) for p, layer in fitting.items()], copies, config)
+
+
+def _swap(
+    loaded: Adapter,
+    name: str,
+    present: Mapping[str, nn.Module],
+    fitting: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module],
+) -> None:
+    """Make an adapter that is on a model another one, in place; what the other lacks starts anew."""
+    loaded = padded(loaded, {p: slot_of(layer).low_rank(name).rank for p, layer in fitting.items()})
+    # Whose statistics move is a matter of the copies that are there.
+    there = slot_of(next(iter(present.values()))).entry(name).config
+    config = loaded.config.replace(name=name, norm_statistics=there.norm_statistics)
     for p, layer in fitting.items():
-        slot_of(layer).swap(config.name, loaded.layers[p].tensors, config, loaded.layers[p].alpha)
+        slot_of(layer).swap(name, loaded.layers[p].tensors, config, loaded.layers[p].alpha)
     for p, module in modules.items():
-        slot_of(module).copies()[config.name].swap(loaded.modules[p], config)
-    for p, entry in left_out.items():  # no mixture of two adapters
+        slot_of(module).copies()[name].swap(loaded.modules[p], config)
+    swapped = {id(module) for module in (*fitting.values(), *modules.values())}
+    for module in present.values():  # no mixture of two adapters
+        entry = slot_of(module).entry(name)
+        if id(module) in swapped:
+            continue
         if isinstance(entry, TensorCopies):
-            entry.swap(own_tensors(present[p]), config)
+            entry.swap(own_tensors(module), config)
         elif isinstance(entry, LowRank):
             entry.reset_parameters()
             entry.configure(config, entry.alpha)
-    return model
+
+
+def _swap_remedy(loaded: Adapter, present: Mapping[str, nn.Module], name: str) -> str:
+    if not present:
+        return ""
+    ranks = [low_rank.rank for m in present.values() if (low_rank := slot_of(m).low_ranks().get(name)) is not None]
+    too_high = ranks and any(layer.rank > min(ranks) for layer in loaded.layers.values())
+    lower = f", Adapter.resize(rank={min(ranks)}) lowers its ranks" if too_high else ""
+    return f"; adapter {name!r} is on the model already: name= loads beside it{lower}"
+
+
+class _Match(NamedTuple):
+    """An adapter with the names of a model: path -> layer or module that fits; what does not; a note on names."""
+
+    adapter: Adapter
+    layers: dict[str, nn.Module]
+    modules: dict[str, nn.Module]
+    problems: Problems
+    note: str = ""
+
+
+def _best_match(root: nn.Module, loaded: Adapter, swap: str | None, prefix: str) -> _Match:
+    """By its own names, or by those that exactly one prefix, or the given one, makes fit. `swap`: see `_match`."""
+    known = {p: m for p, m in named_layers(root) if not is_part_of_adapter(p)}
+
+    def match(adapter: Adapter, swap: str | None = None) -> _Match:
+        layers, problems = _match(known, adapter, swap)
+        return _Match(adapter, layers, _match_modules(known, adapter, swap, problems), problems)
+
+    as_named = match(loaded, swap)
+    if not prefix and not (as_named.problems and match(loaded).problems):
+        return as_named  # the names are right, whether or not they can be swapped
+    ways = other_prefixes(loaded, known, prefix)
+    renamed = [match(loaded.rename(names)) for names in ways]
+    fitting = [(names, other.adapter) for names, other in zip(ways, renamed, strict=True) if not other.problems]
+    if len(fitting) > 1 and swap is not None:
+        fitting = [(names, other) for names, other in fitting if not match(other, swap).problems] or fitting
+    if len(fitting) == 1:
+        names, other = fitting[0]
+        return match(other, swap)._replace(note=f"; its names fit {describe_prefix(names)}")
+    if fitting:
+        found = ", ".join(describe_prefix(names) for names, _ in fitting)
+        how = "rename it by Adapter.rename" if prefix else "say which by prefix="
+        as_named.problems.unexpected = as_named.problems.unexpected or [*loaded.layers]
+        return as_named._replace(note=f"; its names fit in several ways, {found}: {how}")
+    if as_named.problems and prefix:
+        note = f"; prefix {prefix!r} neither added nor taken away gives the model's names"
+        return renamed[0] if renamed else as_named._replace(note=note)
+    if as_named.problems.unexpected:
+        return as_named._replace(note=f"; {nearest_names(as_named.problems.unexpected[0].split(' ')[0], known)}")
+    return as_named
 
 
 def _is_optional(module: nn.Module, entry: nn.Module) -> bool:
@@ -227,9 +319,10 @@ def _is_optional(module: nn.Module, entry: nn.Module) -> bool:
     return isinstance(entry, TensorCopies) and set(entry.tensors()) <= {*statistics_names(module)}
 
 
-def _match_modules(root: nn.Module, loaded: Adapter, swap: str | None, problems: Problems) -> dict[str, nn.Module]:
+def _match_modules(
+    named: Mapping[str, nn.Module], loaded: Adapter, swap: str | None, problems: Problems
+) -> dict[str, nn.Module]:
     """File path -> module for the copies that fit; adds to `problems` what does not."""
-    named = {p: m for p, m in root.named_modules(remove_duplicate=False) if not is_part_of_adapter(p)}
     fitting: dict[str, nn.Module] = {}
     taken: set[int] = set()
     for path, tensors in loaded.modules.items():
@@ -273,14 +366,13 @@ def _kind_of_number(tensor: Tensor) -> tuple[bool, bool]:
     return tensor.is_floating_point(), tensor.is_complex()
 
 
-def _match(root: nn.Module, loaded: Adapter, swap: str | None) -> tuple[dict[str, nn.Module], Problems]:
+def _match(named: Mapping[str, nn.Module], loaded: Adapter, swap: str | None) -> tuple[dict[str, nn.Module], Problems]:
     """File path -> layer for the layers that fit, and what does not; `swap`: the adapter to be overwritten."""
-    modules = dict(named_layers(root))
     fitting: dict[str, nn.Module] = {}
     taken: set[int] = set()
     problems = Problems()
     for path, factors in loaded.layers.items():
-        layer = modules.get(path)
+        layer = named.get(path)
         if layer is None:
             problems.unexpected.append(path)
         elif reason := why_not(layer):
@@ -309,9 +401,15 @@ def _cannot_swap(layer: nn.Module, name: str, loaded: Adapter, factors: LayerFac
         return f"adapter {name!r} is not on this layer"
     if low_rank.config.factors != loaded.config.factors:
         return f"the file has {loaded.config.factors!r} factors, the model {low_rank.config.factors!r}"
-    ours = {n: tuple(p.shape) for n, p in low_rank.factors().items()}
-    theirs = {n: tuple(t.shape) for n, t in factors.tensors.items()}
-    return None if ours == theirs else f"the file has {theirs}, the model {ours}"
+    if set(low_rank.factors()) != set(factors.tensors):
+        return f"the file has {sorted(factors.tensors)}, the model {sorted(low_rank.factors())}"
+    if factors.rank > low_rank.rank:
+        return f"the file has rank {factors.rank}, the adapter on the model rank {low_rank.rank}"
+    if factors.rank < low_rank.rank and not hasattr(low_rank.factorization, "join"):
+        return (
+            f"rank {factors.rank} on rank {low_rank.rank}, which {loaded.config.factors!r} factors cannot be padded to"
+        )
+    return None
 
 
 def _placement(path: str, layer: nn.Module, f: LayerFactors) -> Placement:

@@ -9,12 +9,13 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from convlora.adapter.parts import tensor_key
-from convlora.config import LARGEST, is_number
+from convlora.config import Strength, check_strength, strengths_by_layer
 from convlora.errors import ConvLoRAError
 from convlora.factors.fuse import is_finite
 from convlora.layer.adapted import effective_names, effective_tensor, slot_of
-from convlora.layer.context import COMPILED, Choice, SampleRows, choosing
+from convlora.layer.context import COMPILED, Choice, SampleRows, choosing, choosing_each
 from convlora.layer.copies import own_tensors
+from convlora.layer.slot import Slot
 from convlora.model.traversal import (
     adapted_modules,
     adapter_slots,
@@ -26,28 +27,32 @@ from convlora.model.traversal import (
 )
 
 M = TypeVar("M", bound=nn.Module)
-Names = str | Iterable[str] | Mapping[str, float]
+Names = str | Iterable[str] | Mapping[str, Strength]
 
 
 def activate(model: M, names: Names) -> M:
     """Say which adapters act: a name, a list, or `{name: strength}`; `[]` switches all off.
 
-    Strengths add up: ΔW = Σ strength·scale·ΔWᵢ. A merged model stays merged, with the new weights. It changes the model
-    for everybody: nobody may be running it meanwhile; `using` is for one caller alone.
+    Strengths add up: ΔW = Σ strength·scale·ΔWᵢ. One may be `{pattern: strength}` by layer, with patterns as targets
+    have them: the last that matches wins, and layers that none matches have strength 1. A merged model stays merged,
+    with the new weights. It changes the model for everybody: nobody may be running it meanwhile; `using` is for one
+    caller alone.
 
     Raises:
-        ConvLoRAError: no such adapter, or a strength that is no finite number. Nothing is changed then.
+        ConvLoRAError: no such adapter, a strength that is no finite number, or a pattern that matches no layer of its
+            adapter. Nothing is changed then.
 
     Example:
         >>> import convlora
         >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), targets="*", rank=1, name="rain")
         >>> _ = activate(model, {"rain": 0.5})
+        >>> _ = activate(model, {"rain": {"*": 1.0, "0": 0.4}})
     """
     strengths = _strengths(names, "activate")
     root, found = model_and_slots(model, "activate", strengths)
-    _check_copies(root, strengths, "activate")
-    for slot in found:
-        slot.activate(strengths)
+    by_slot = _by_slot(root, found, strengths, "activate")
+    for slot, own in by_slot.items():
+        slot.activate(own)
     return model
 
 
@@ -91,8 +96,8 @@ def using(model: M, names: Names) -> Iterator[M]:
     root, found = model_and_slots(model, "using", strengths)
     if is_compiled(model) or any(map(is_compiled, root.modules())):
         raise ConvLoRAError(COMPILED)
-    _check_copies(root, strengths, "using")
-    with choosing(found, Choice(strengths)):
+    by_slot = _by_slot(root, found, strengths, "using")
+    with choosing_each({slot: Choice(own) for slot, own in by_slot.items()}):
         yield model
 
 
@@ -135,16 +140,38 @@ def _has_moved(module: nn.Module, name: str) -> bool:
     return copies is not None and not copies.equal(own_tensors(module))
 
 
-def _check_copies(root: nn.Module, strengths: Mapping[str, float], operation: str) -> None:
+def _by_slot(
+    root: nn.Module, found: Sequence[Slot], strengths: Mapping[str, Strength], operation: str
+) -> dict[Slot, dict[str, float]]:
+    """The strengths of each slot, by adapter.
+
+    Raises:
+        ConvLoRAError: a pattern matches no layer of its adapter, or tensors of different shapes would be mixed.
+    """
+    same = {name: float(s) for name, s in strengths.items() if not isinstance(s, Mapping)}
+    by_slot = dict.fromkeys(found, same)
+    if len(same) < len(strengths):
+        slots = {path: slot_of(module) for path, module in adapted_modules(root).items()}
+        by_slot = {slot: {} for slot in found}
+        for name, strength in strengths.items():
+            paths = [path for path, slot in slots.items() if name in slot.names()]
+            for path, each in strengths_by_layer(strength, paths, operation, f"strength of {name!r}").items():
+                by_slot[slots[path]][name] = each
+    _check_copies(root, by_slot, operation)
+    return by_slot
+
+
+def _check_copies(root: nn.Module, by_slot: Mapping[Slot, Mapping[str, float]], operation: str) -> None:
     """Refuse to mix tensors of different shapes: a copy of another shape than the base's acts whole or not at all."""
-    acting = {name: strength for name, strength in strengths.items() if strength}
-    if len(acting) < 2 and set(acting.values()) <= {1.0}:
+    distinct = {id(strengths): strengths for strengths in by_slot.values()}.values()
+    if all([s for s in strengths.values() if s] in ([], [1.0]) for strengths in distinct):
         return
     for path, module in adapted_modules(root).items():
-        base = own_tensors(module)
-        for name, copies in slot_of(module).copies().items():
+        base, slot = own_tensors(module), slot_of(module)
+        acting = {name: strength for name, strength in by_slot[slot].items() if strength}
+        for name, copies in slot.copies().items():
             for kind, copy in copies.tensors().items() if name in acting else ():
-                alone = acting[name] == 1.0 and sum(n in acting for n in slot_of(module).names()) == 1
+                alone = acting[name] == 1.0 and sum(n in acting for n in slot.names()) == 1
                 if not alone and (kind not in base or base[kind].shape != copy.shape):
                     raise ConvLoRAError(
                         f"{operation}: {name!r} has '{tensor_key(path, kind)}' in another shape than the base:"
@@ -152,22 +179,19 @@ def _check_copies(root: nn.Module, strengths: Mapping[str, float], operation: st
                     )
 
 
-def _strengths(names: Names, operation: str) -> dict[str, float]:
+def _strengths(names: Names, operation: str) -> dict[str, Strength]:
     if isinstance(names, str):
         names = [names]
     try:
         pairs = names.items() if isinstance(names, Mapping) else ((name, 1.0) for name in names)
-        strengths = dict(pairs)
+        strengths: dict[str, Strength] = dict(pairs)
     except TypeError:
         raise ConvLoRAError(
             f"{operation}: expected a name, a list of names or {{name: strength}}, got {names!r}"
         ) from None
     for name, strength in strengths.items():
-        if not is_number(strength):
-            raise ConvLoRAError(
-                f"{operation}: strength of {name!r} (={strength!r}) must be a finite number up to {LARGEST:g}"
-            )
-    return {name: float(strength) for name, strength in strengths.items()}
+        check_strength(strength, operation, f"strength of {name!r}")
+    return strengths
 
 
 @contextlib.contextmanager
@@ -203,21 +227,22 @@ def merge(model: M, names: Names | None = None, *, check_finite: bool = True, ex
         False
     """
     strengths = None if names is None else _strengths(names, "merge")
-    root = require_adapters(model, "merge", strengths or ())
+    root, found = model_and_slots(model, "merge", strengths or ())
     refuse_sharded(root, "merge")
     refuse_stacked(root, "merge")
-    if strengths is not None:
-        _check_copies(root, strengths, "merge")
-    _merge(root, strengths, check_finite, exact)
+    by_slot = None if strengths is None else _by_slot(root, found, strengths, "merge")
+    _merge(root, by_slot, check_finite, exact)
     return model
 
 
-def _merge(root: nn.Module, strengths: Mapping[str, float] | None, check_finite: bool, exact: bool) -> None:
+def _merge(
+    root: nn.Module, by_slot: Mapping[Slot, Mapping[str, float]] | None, check_finite: bool, exact: bool
+) -> None:
     before = [(slot, slot.state()) for slot in adapter_slots(root)]
     bad = []
     try:
         for path, module in adapted_modules(root).items():
-            slot_of(module).merge(strengths, exact)
+            slot_of(module).merge(None if by_slot is None else by_slot[slot_of(module)], exact)
             for kind in effective_names(module) if check_finite else ():
                 value = effective_tensor(module, kind)
                 if isinstance(value, Tensor) and value.is_floating_point() and not is_finite(value):

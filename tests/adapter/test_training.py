@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import convlora
 from convlora import Adapter, AdapterConfig, ConvLoRAError, ConvLoRAWarning, formats
+from convlora.adapter.parts import is_statistic
 from convlora.layer.copies import statistics_names
 
 StateDict = dict[str, Any]
@@ -216,10 +217,8 @@ def test_what_a_bare_dict_does_not_tell_is_said(tmp_path: Path) -> None:
 
 
 def test_statistics_have_the_names_that_norms_give_them() -> None:
-    from convlora.adapter.training import _is_statistic
-
     for norm in (nn.BatchNorm2d(4), nn.InstanceNorm1d(4, track_running_stats=True, affine=True)):
-        assert [name for name in norm.state_dict() if _is_statistic(name)] == statistics_names(norm)
+        assert [name for name in norm.state_dict() if is_statistic(name)] == statistics_names(norm)
 
 
 def drop(key: str) -> Callable[[StateDict], StateDict]:

@@ -262,7 +262,7 @@ MERGE_ERRORS = {  # arguments -> how the error begins; % is .safetensors
     "span% rain% -o out.pth -s 1 -s 2": "merge: 2 times --strength for 1 adapters",
     "span% rain% -o out.pth -s nan": "merge: strength (=nan) must be a finite number",
     "half% rain% -o out.pth -s 1e17": "merge: non-finite: ",
-    "two.pth both% -o out.pth": "read: 'two.pth' has these layers several times: below one., two.",
+    "two.pth both% -o out.pth": "merge: the names of 'both%' fit 'two.pth' in several ways, with 'one.' before them, ",
     "RealESRGAN_x4plus.pth strange% -o out.pth": "merge: 'strange%' does not fit 'RealESRGAN_x4plus.pth': missing: "
     "conv_lst.weight; nearest: 'conv_last.weight'",
     "span% altered% -o out.pth": "read: 'altered%' was altered: its checksum does not match",
@@ -647,6 +647,7 @@ def test_every_command_has_help_with_an_example_that_runs(command: str, folder: 
     for name, source in extra.items():
         shutil.copy(source, name)
     shutil.copy("snow.safetensors", "rain.safetensors")  # LoCon files hold no bias
+    Path("night.json").write_text('{"*": 1.0, "model.10": 0.4}')
     for args in lines:
         assert args[0] == command
         out(*args, *(["--force"] if "-o" in args else []))

@@ -114,26 +114,72 @@ def test_state_dicts_beside_the_one_that_is_read_are_named(tmp_path: Path) -> No
     assert Checkpoint.read(tmp_path / "in.pth").beside == []
 
 
-def test_an_unknown_prefix_is_found_by_the_layers(tmp_path: Path) -> None:
-    tensors = {f"net_g.{name}": tensor for name, tensor in state().items()}
-    save_file({**tensors, "net_d.b.bias": torch.zeros(1)}, tmp_path / "in.safetensors")
-    checkpoint = Checkpoint.read(tmp_path / "in.safetensors")
-    assert checkpoint.fitting(["a", "b"]).prefix == "net_g."
-    assert list(checkpoint.fitting(["a", "b"]).state) == ["a.weight", "b.bias", "b.weight"]
-    assert checkpoint.fitting(["a", "c"]) is checkpoint
-    assert checkpoint.fitting(["net_g.a"]) is checkpoint
-    found = checkpoint.fitting(["b"])
-    found.write(tmp_path / "out.safetensors", changed(found, "b.weight"))
-    written = load_file(tmp_path / "out.safetensors")
-    assert torch.equal(written["net_g.b.weight"], tensors["net_g.b.weight"] + 1)
-    assert torch.equal(written["net_d.b.bias"], torch.zeros(1))
+CHOICES: dict[str, tuple[Any, str, tuple[str, ...], str]] = {  # content, network -> where, prefix
+    "by its key": ({"params": "A", "params_ema": "B"}, "params", ("params",), ""),
+    "one that training code names otherwise": ({"g": "A", "g_ema": "B", "n": 3}, "g_ema", ("g_ema",), ""),
+    "nested": ({"state": {"net": "A", "ema": "B"}}, "ema", ("state", "ema"), ""),
+    "by all keys": ({"one": {"net": "A"}, "two": {"net": "B"}}, "two.net", ("two", "net"), ""),
+    "by what names begin with": ({"state_dict": {"g": "A", "g_ema": "B"}}, "g_ema", ("state_dict",), "g_ema."),
+    "flat": ({"g": "A", "g_ema": "B"}, "g_ema", (), "g_ema."),
+    "beside a tensor": ({"step": torch.ones(1), "g": "A", "g_ema": "B"}, "g_ema", ("g_ema",), ""),
+    "the only one": (
+        {"epoch": 3, "weights": "B", "optimizer": {"state": {0: {"m": torch.ones(1)}}}},
+        "",
+        ("weights",),
+        "",
+    ),
+}
 
 
-def test_layers_below_two_prefixes_are_an_error(tmp_path: Path) -> None:
-    both = {f"{prefix}{name}": tensor.clone() for prefix in ("one.", "two.") for name, tensor in state().items()}
-    save_file(both, tmp_path / "in.safetensors")
-    with pytest.raises(ConvLoRAError, match=r"several times: below one\., two\."):
-        Checkpoint.read(tmp_path / "in.safetensors").fitting(["a", "b"])
+def _filled(content: Any, states: dict[str, dict[str, Tensor]], flat: bool) -> Any:
+    """A checkpoint with state dicts in the places of their letters; `flat`: as one, by prefixes."""
+    if flat:
+        return {f"{key}.{n}": t for key, letter in content.items() for n, t in states[letter].items()}
+    return {k: states[v] if isinstance(v, str) else _filled(v, states, False) if isinstance(v, dict) else v
+            for k, v in content.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_a_network_is_chosen_by_its_name(case: str, tmp_path: Path) -> None:
+    content, network, where, prefix = CHOICES[case]
+    states = {"A": state(), "B": state()}
+    if prefix:
+        content = {k: _filled(v, states, True) for k, v in content.items()} if where else _filled(content, states, True)
+    else:
+        content = _filled(content, states, False)
+    torch.save(content, tmp_path / "in.pth")
+    found = Checkpoint.read(tmp_path / "in.pth", network or None)
+    assert (found.where, found.prefix) == (where, prefix)
+    assert list(found.state) == list(states["B" if network != "params" else "A"])
+    wanted = states["B" if network != "params" else "A"]
+    assert all(torch.equal(found.state[name], tensor) for name, tensor in wanted.items())
+    found.write(tmp_path / "out.pth", changed(found, "b.weight"))
+    again = Checkpoint.read(tmp_path / "out.pth", network or None)
+    assert torch.equal(again.state["b.weight"], wanted["b.weight"] + 1)
+    if not where:
+        return
+    assert Checkpoint.read(tmp_path / "out.pth", network or None).beside == found.beside
+
+
+def test_several_networks_are_named_where_nobody_says_which(tmp_path: Path) -> None:
+    torch.save({"g": state(), "g_ema": state(), "d": {"net": state()}}, tmp_path / "in.pth")
+    with pytest.raises(ConvLoRAError, match=r"holds g, g_ema, d\.net; say which by network="):
+        Checkpoint.read(tmp_path / "in.pth")
+    with pytest.raises(ConvLoRAError, match=r"no network 'ema'; it has g, g_ema, d\.net"):
+        Checkpoint.read(tmp_path / "in.pth", "ema")
+    torch.save({"one": {"net": state()}, "two": {"net": state()}}, tmp_path / "in.pth")
+    with pytest.raises(ConvLoRAError, match=r"holds one\.net, two\.net; say which by network="):
+        Checkpoint.read(tmp_path / "in.pth", "net")
+    torch.save(state(), tmp_path / "in.pth")
+    with pytest.raises(ConvLoRAError, match="no network 'c'; it has b, a"):
+        Checkpoint.read(tmp_path / "in.pth", "c")
+
+
+def test_a_checkpoint_that_holds_itself_is_read_through_once(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"g": state(), "epoch": 3}
+    content.update({f"again{number}": content for number in range(1000)})
+    torch.save(content, tmp_path / "in.pth")
+    assert Checkpoint.read(tmp_path / "in.pth").where == ("g",)
 
 
 def test_pth_becomes_safetensors_and_says_what_is_lost(tmp_path: Path) -> None:

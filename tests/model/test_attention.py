@@ -938,3 +938,29 @@ def test_an_attention_that_was_replaced_is_missed() -> None:
     model.attn = nn.MultiheadAttention(16, 2, batch_first=True).requires_grad_(False)
     with pytest.warns(ConvLoRAWarning, match=r"'attn\.in_proj'.* left the model"):
         convlora.adapter(model)
+
+
+# --- other names and strengths -----------------------------------------------------------------------------------
+
+
+def test_a_prefix_is_found_for_projections_too() -> None:
+    model, x = trained("encoder"), CASES["encoder"].batch()
+    adapter = convlora.adapter(model)
+    whole = nn.ModuleDict({"net": CASES["encoder"].base()})
+    convlora.load(whole, adapter)
+    assert torch.equal(output(whole["net"], x), output(model, x))
+    state = {f"net.{key}": value for key, value in CASES["encoder"].base().state_dict().items()}
+    renamed = adapter.rename({"": "net"})
+    assert all(layer.spec.in_parent == path.endswith("in_proj") for path, layer in renamed.layers.items())
+    merged = renamed.apply_to(state)
+    assert same({key.removeprefix("net."): value for key, value in merged.items()}, convlora.merged_state_dict(model))
+    with pytest.raises(ConvLoRAError, match="it fits by rename"):
+        adapter.apply_to(state)
+
+
+def test_strengths_by_layer_reach_projections() -> None:
+    model = trained("batch first", bias=False)
+    convlora.activate(model, {"default": {"*": 1.0, "in_proj": 0.5}})
+    expected = convlora.adapter(model).apply_to(CASES["batch first"].base().state_dict(), {"attn.in_proj": 0.5})
+    assert same(convlora.merged_state_dict(model), expected)
+    assert all(torch.equal(value, expected[key]) for key, value in effective(model).items())

@@ -85,6 +85,7 @@ def _of_each(rank: int, folder: str) -> dict[str, Any]:
     found["messages"] = _messages(rank, folder)
     found["refused"] = _refused()
     found["outputs"] = _outputs(folder)
+    found["checkpoints"] = _checkpoints()
     for kind in ("ddp", "fsdp"):
         found[f"trained {kind}"] = _train(rank, kind, folder, 0, STEPS)
         _train(rank, kind, folder, 0, STEPS // 2)
@@ -172,6 +173,18 @@ def _outputs(folder: str) -> list[Tensor]:
     return outputs
 
 
+def _checkpoints() -> tuple[Tensor, Tensor, str]:
+    """Output of a model and of one that its full checkpoint was loaded into; what one of another scale says."""
+    options = dcp.StateDictOptions(full_state_dict=True)
+    model, x = made("net")
+    state = dcp.get_model_state_dict(shard(model, "layers"), options=options)
+    same, other = (adapted_net(bias=True, rank=2, alpha=alpha).eval() for alpha in (2, 8))
+    dcp.set_model_state_dict(shard(same, "whole"), copy.copy(state), options=options)
+    with pytest.raises(RuntimeError) as raised:
+        dcp.set_model_state_dict(shard(other, "whole"), copy.copy(state), options=options)
+    return model(x).detach(), same(x).detach(), str(raised.value)
+
+
 def _train(rank: int, kind: str, folder: str, first: int, last: int) -> dict[str, Tensor]:
     """Steps `first` to `last` with random dropping of rank components; the files of step `first` are all it knows."""
     model, _ = made("net")
@@ -225,10 +238,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[dict[str, Any]]:
     """What each of two processes found, all in one start."""
-    for seed, file in enumerate(("other", "third")):
-        model, _ = made("net")
-        torch.manual_seed(seed)
-        convlora.save(randomise(model), folder / f"{file}.safetensors")
+    model, _ = made("net")
+    torch.manual_seed(1)
+    convlora.save(randomise(model), folder / "other.safetensors")
+    torch.manual_seed(0)  # the same base, a lower rank
+    convlora.save(adapted_net(bias=True, alpha=3), folder / "third.safetensors")
     return in_processes(folder, _of_each, str(folder))
 
 
@@ -281,6 +295,13 @@ def test_load_swaps_the_adapter_of_a_sharded_model(two: list[dict[str, Any]], fo
     for found in two:
         for got, wanted in zip(found["outputs"], expected * len(SHARDINGS), strict=True):
             torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_a_full_checkpoint_of_a_sharded_model_states_its_scale(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        saved, loaded, message = found["checkpoints"]
+        torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
+        assert "0.convlora.default: the checkpoint's adapter has scale 1, the model's 4" in message
 
 
 def test_a_resumed_run_continues_bitwise(two: list[dict[str, Any]], folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import pickle
 import struct
@@ -13,13 +14,23 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import FACTORS, NET_INPUT, NET_LAYERS, bits, net, randomise, snapshot
+from oracle import FACTORS, LAYERS, NET_INPUT, NET_LAYERS, adapted_net, bits, build, net, randomise, snapshot
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import convlora
+from convlora.factors.base import WeightSpec
 from convlora.layer.adapted import slot_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
+
+
+def same_net() -> nn.Sequential:
+    """With the same weights at every call."""
+    torch.manual_seed(0)
+    return net().eval()
 
 
 def pair() -> tuple[nn.Sequential, nn.Sequential]:
@@ -283,16 +294,166 @@ def test_unusable_content_is_refused_in_a_hot_swap(edit: str, saved: Saved) -> N
     assert snapshot(base) == before
 
 
-def test_hot_swap_of_another_rank_is_refused(saved: Saved, tmp_path: Path) -> None:
+LOWER: dict[str, dict[str, Any]] = {
+    "scale 1": dict(rank=1),
+    "alpha": dict(rank=2, alpha=3),
+    "rank-stabilised": dict(rank=2, alpha=3, rank_scaling="sqrt"),
+    "ranks of their own": dict(rank=1, ranks={"3": 4, "6": 2}, alphas={"0": 0.5}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("lower", LOWER)
+@pytest.mark.parametrize("factors", FACTORS)
+def test_hot_swap_of_a_lower_rank_is_the_same_update(
+    factors: str, lower: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, small = (same_net().to(dtype) for _ in range(2))
+    randomise(convlora.inject(model, NET_LAYERS, rank=4, alpha=7, factors=factors, bias=True))
+    randomise(convlora.inject(small, NET_LAYERS, factors=factors, bias=True, **LOWER[lower]))
+    held, x = convlora.parameters(model), torch.randn(NET_INPUT).to(dtype)
+    chance = torch.get_rng_state()
+    convlora.load(model, convlora.adapter(small))
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert all(p is q for p, q in zip(convlora.parameters(model), held, strict=True))
+    close: dict[str, float] = dict(rtol=1e-5, atol=1e-6) if dtype != torch.bfloat16 else dict(rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(model(x), small(x), **close)
+    taken, given = convlora.adapter(model), convlora.adapter(small)
+    for path, layer in taken.layers.items():
+        of = given.layers[path]
+        assert layer.rank == 4
+        assert taken.config.scale(layer.rank, layer.alpha) == pytest.approx(given.config.scale(of.rank, of.alpha))
+        torch.testing.assert_close(taken.delta(path), given.delta(path), rtol=1e-5, atol=1e-7)
+    assert taken.config == convlora.adapters(model)["default"]
+    assert taken.config.rank_scaling == given.config.rank_scaling
+    convlora.save(model, tmp_path / "a.safetensors")
+    fresh = same_net().to(dtype)
+    assert torch.equal(convlora.load(fresh, tmp_path / "a.safetensors")(x), model(x))
+    convlora.inject(convlora.remove(fresh), config=taken.config)
+    assert {p: (f.rank, f.alpha) for p, f in convlora.adapter(fresh).layers.items()} == {
+        p: (f.rank, f.alpha) for p, f in taken.layers.items()
+    }
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_what_a_hot_swap_pads_trains_as_a_new_adapter_does(factors: str) -> None:
+    model, small = (randomise(convlora.inject(same_net(), NET_LAYERS, rank=r, factors=factors)) for r in (3, 1))
+    convlora.load(model, convlora.adapter(small))
+    optimizer = torch.optim.SGD(convlora.parameters(model), lr=0.1)
+    for _ in range(2):  # the first step moves B alone, from zero
+        optimizer.zero_grad()
+        model(torch.randn(NET_INPUT)).square().mean().backward()
+        optimizer.step()
+    moved = [p.grad.flatten(1) if i % 2 == 0 else p.grad.flatten(1).T for i, p in enumerate(convlora.parameters(model))]
+    assert all(bool(component.ne(0).any()) for gradient in moved for component in gradient)
+
+
+def test_a_lower_rank_swaps_into_every_sort_of_layer() -> None:
+    for hazard in LAYERS:
+        layer, x = build(hazard)
+        for factors in FACTORS:
+            large = randomise(convlora.inject(copy.deepcopy(layer), "*", rank=3, alpha=2, factors=factors))
+            small = randomise(convlora.inject(copy.deepcopy(layer), "*", rank=2, alpha=5, factors=factors))
+            convlora.load(large, convlora.adapter(small))
+            torch.testing.assert_close(large(x), small(x), rtol=1e-4, atol=1e-5, msg=f"{hazard} {factors}")
+
+
+def test_a_factorization_without_sums_is_not_padded() -> None:
+    class Diagonal:
+        inits = ("default",)
+
+        def shapes(self, spec: WeightSpec, rank: int) -> dict[str, tuple[int, ...]]:
+            return {"gain": (spec.shape[0], rank), "mix": (rank, math.prod(spec.shape[1:]))}
+
+        def init_(self, factors: Any, method: str) -> None:
+            nn.init.normal_(factors["mix"])
+            nn.init.zeros_(factors["gain"])
+
+        def delta(self, factors: Any, spec: WeightSpec) -> torch.Tensor:
+            return factors["gain"] @ factors["mix"]  # type: ignore[no-any-return]
+
+        def drop(self, factors: Any, keep: torch.Tensor) -> Any:
+            return {**factors, "gain": factors["gain"] * keep}
+
+    convlora.register_factors("storage-diagonal", Diagonal)
+    model, small = (convlora.inject(net(), "0", rank=rank, factors="storage-diagonal") for rank in (3, 2))
+    before = snapshot(model)
+    with pytest.raises(convlora.ConvLoRAError, match=r"mismatched: 0 \(rank 2 on rank 3, which 'storage-diagonal'"):
+        convlora.load(model, convlora.adapter(small))
+    assert snapshot(model) == before
+
+
+def test_hot_swap_of_a_higher_rank_is_refused_with_the_remedy(saved: Saved, tmp_path: Path) -> None:
     _, base, path = saved
     convlora.load(base, path)
-    other = randomise(convlora.inject(net(), NET_LAYERS, rank=1))
+    other = randomise(convlora.inject(net(), NET_LAYERS, rank=3, bias=True))
     before = snapshot(base)
-    with pytest.raises(convlora.ConvLoRAError, match=r"mismatched: 0 .*name= loads beside it"):
+    remedy = r"name= loads beside it, Adapter\.resize\(rank=2\) lowers its ranks"
+    with pytest.raises(convlora.ConvLoRAError, match=rf"mismatched: 0 \(the file has rank 3, .* rank 2\).*{remedy}"):
         convlora.load(base, convlora.adapter(other))
     with pytest.raises(convlora.ConvLoRAError, match=r"mismatched: 0 .*'locon' factors"):
         convlora.load(base, convlora.adapter(convlora.inject(net(), "0", rank=1, factors="locon")))
     assert snapshot(base) == before
+    with pytest.warns(convlora.ConvLoRAWarning, match="another base"):
+        convlora.load(base, convlora.adapter(other).resize(rank=2))
+    assert [layer.rank for layer in convlora.adapter(base).layers.values()] == [2] * 4
+
+
+OTHER_SCALE: dict[str, tuple[dict[str, Any], str]] = {
+    "alpha": (dict(alpha=3), r"scale 3, the model's 1 \(alpha 1, rank 1, linear\); inject with alpha=3"),
+    "alpha and rank": (dict(rank=2, alpha=1), "scale 0.5"),
+    "rank scaling": (dict(rank=4, alpha=4, rank_scaling="sqrt"), r"scale 2, the model's 1 .*; inject with alpha=8"),
+    "onto rank scaling": (dict(rank=4, alpha=4), r"scale 1, the model's 2 \(alpha 4, rank 4, sqrt\).* alpha=2"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SCALE)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_full_checkpoint_of_another_scale_is_noticed(case: str, strict: bool) -> None:
+    options, message = OTHER_SCALE[case]
+    model = adapted_net(**options)
+    rank = options.get("rank", 1)
+    scaling = {"rank_scaling": "sqrt", "alpha": 4} if case.startswith("onto") else {}
+    other = adapted_net(rank=rank, **scaling)
+    with pytest.raises(RuntimeError, match=f"0.convlora.default: the checkpoint's adapter has {message}") as caught:
+        other.load_state_dict(model.state_dict(), strict=strict)
+    assert all(f"{path}.convlora.default: " in str(caught.value) for path in NET_LAYERS)
+
+
+@pytest.mark.parametrize("change", ["as it is", "bfloat16", "averaged", "older", "base alone"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_full_checkpoints_of_the_same_scale_load_strictly(change: str, assign: bool, tmp_path: Path) -> None:
+    model = adapted_net(rank=3, alpha=1).eval()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    save_file({key: value.clone() for key, value in state.items()}, tmp_path / "a.safetensors")  # tensors alone
+    if change == "bfloat16":
+        state = {key: value.to(torch.bfloat16) if value.is_floating_point() else value for key, value in state.items()}
+    elif change == "averaged":
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+        for _ in range(20):
+            average.update_parameters(model)
+        state = average.module.state_dict()
+    elif change == "older":  # states no scale
+        state = {key: value for key, value in state.items() if "scale" not in key}
+    elif change == "base alone":
+        state = {key: value for key, value in state.items() if ".convlora." not in key}
+        assert list(state) == list(net().state_dict())
+    other = adapted_net(rank=3, alpha=1).eval()
+    other.load_state_dict(state, assign=assign)
+    assert all(value == pytest.approx(1 / 3) for key, value in other.state_dict().items() if "scale" in key)
+    if change not in ("bfloat16", "base alone"):
+        x = torch.randn(NET_INPUT)
+        torch.testing.assert_close(other(x), model(x))
+
+
+def test_a_swap_and_a_move_keep_the_scale_that_is_stated() -> None:
+    model, small = (convlora.inject(same_net(), NET_LAYERS, rank=rank, alpha=5) for rank in (2, 1))
+    convlora.load(model, convlora.adapter(small))
+    model.half().float().to("meta").to_empty(device="cpu")
+    stated = {key: value for key, value in model.state_dict().items() if "scale" in key}
+    assert len(stated) == len(NET_LAYERS)
+    assert all(value.item() == 5 and value.dtype == torch.float32 for value in stated.values())
 
 
 def test_strict_false_takes_what_fits_and_warns_of_the_rest(saved: Saved) -> None:
