@@ -199,29 +199,6 @@ class Adapter(AdapterParts):
         """
         return adapter_from_state_dict(cls, state_dict, config, specs)
 
-    def rename(self, names: Names) -> Adapter:
-        """The same adapter for a network that names its modules otherwise.
-
-        `names`: `{path: path}`, in which a path stands for all below it, too, the longest one wins, and `""` is the
-        start of every path; or a function that gives each path its new one. The config then names every layer. The
-        fingerprint of the base covers names, so another one has none.
-
-        Raises:
-            ConvLoRAError: the adapter has nothing at a path of the mapping, two paths would be one, or a name is no
-                dotted path.
-
-        Example:
-            >>> import torch, convlora
-            >>> from torch import nn
-            >>> model = convlora.inject(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 3)), targets="*", rank=2)
-            >>> whole = convlora.adapter(model).rename({"": "net"})
-            >>> list(whole.layers), list(whole.rename({"net": "", "net.1": "tail"}).layers)
-            (['net.0', 'net.1'], ['0', 'tail'])
-            >>> list(whole.rename(lambda path: path.removeprefix("net.")).layers)
-            ['0', '1']
-        """
-        return rename_layers(self, names)
-
     # --- algebra: each gives a new adapter; the mathematics is in algebra.py and checkpoint.py
 
     @staticmethod

@@ -36,7 +36,7 @@ class ProductFactors:
     def fit(self, delta: Tensor, spec: WeightSpec, choose: ChooseRank) -> Fit:
         step, rows = self.shapes(spec, 1)["lora_A"][0], self.shapes(spec, 1)["lora_B"][0]
         matrix = delta.reshape(rows, -1)
-        most = choose.rank
+        most = getattr(choose, "rank", None)  # any function will do
         return self._fit(svd(matrix) if most is None else leading_svd(matrix, most * step), spec, choose)
 
     def shrink(self, factors: Mapping[str, Tensor], spec: WeightSpec, choose: ChooseRank) -> Fit:
