@@ -12,7 +12,7 @@ the layers of the base do. Copies of whole modules have their plain names, `base
 
 PEFT computes an adapted convolution as two convolutions that know nothing of the base's dilation and `padding_mode`:
 such layers fail there, or give another output, whatever wrote the file. It makes both of the base layer's own class,
-so subclasses with another constructor fail, too.
+so subclasses with another constructor fail, too. For `nn.MultiheadAttention` see attention.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from convlora.adapter.parts import BIAS_DELTA, LayerFactors, is_statistic
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems, one_line
 from convlora.factors.base import WeightSpec
+from convlora.formats.attention import attention_of, from_peft, to_peft, why_no_attention, why_not_in_peft
 from convlora.formats.patterns import LayerPatterns
 from convlora.formats.tensors import read_tensors, write_tensors
 from convlora.formats.updates import (
@@ -113,6 +114,7 @@ def read(path: str | os.PathLike[str], layers: Mapping[str, WeightSpec] | None =
         updates[layer] = update_of(layer, whole, spec, alpha, stated_rank=rank, known=spec is not None)
     settings.check_kinds(updates)
     factors, read_layers = in_one_form(updates, layers is not None)
+    read_layers = from_peft(read_layers) if factors == "locon" else read_layers
     return assemble(Adapter, config.replace(factors=factors), read_layers, modules=modules)
 
 
@@ -141,8 +143,8 @@ class Settings:
         Raises:
             ConvLoRAError: they are no numbers, or the tensors have another rank.
         """
-        ranks = self._ranks.values(layer) or [self._default[0]]
-        alpha = [*self._alphas.values(layer), self._default[1]][0]
+        ranks = self._ranks.values(attention_of(layer)) or [self._default[0]]
+        alpha = [*self._alphas.values(attention_of(layer)), self._default[1]][0]
         if not all(type(rank) is int and 0 < rank < _LARGEST for rank in ranks) or not is_number(alpha):
             raise ConvLoRAError(f"{self.where}: '{layer}' has r={ranks[0]!r}, lora_alpha={alpha!r}")
         part = next((part for part in ("lora_down", "hada_w1_b", "lokr_w2_b") if part in parts), None)
@@ -297,12 +299,14 @@ def write(
 ) -> None:
     """Write a PEFT directory; see `convlora.formats.write`."""
     adapter = _in_form(adapter, WRITTEN)
-    _check(adapter, "PEFT adapter")
+    attention = adapter.config.factors == "locon"  # for which PEFT has no other method
+    _check(adapter, "PEFT adapter", attention, base or ())
+    layers = to_peft(adapter.layers, adapter.config.scale, base) if attention else adapter.layers
     start = PREFIX if prefix is None else prefix
-    tensors = _tensors(adapter, start)
+    tensors = _tensors(adapter, layers, start)
     for module_path, copies in _whole_modules(adapter, base).items():
         tensors |= {f"{start}{module_path}.{name}": tensor for name, tensor in copies.items()}
-    settings = json.dumps(_config(adapter), indent=2, sort_keys=True)
+    settings = json.dumps(_config(adapter, layers), indent=2, sort_keys=True)
     write_folder(path, {WEIGHTS: to_safetensors(tensors, {"format": "pt"}), CONFIG: settings.encode()})
 
 
@@ -311,11 +315,11 @@ def write_file(adapter: Adapter, path: str | os.PathLike[str], prefix: str | Non
     if Path(path).suffix != ".safetensors":
         raise ConvLoRAError(f"write: '{path}' must end in .safetensors: a file of diffusers has its config in metadata")
     adapter = _in_form(adapter, WRITTEN_TO_FILE)
-    _check(adapter, "file of diffusers")
+    _check(adapter, "file of diffusers", False, ())
     start = f"{prefix.rstrip('.')}." if prefix else ""
-    settings = {f"{start}{name}": value for name, value in _config(adapter).items()}
+    settings = {f"{start}{name}": value for name, value in _config(adapter, adapter.layers).items()}
     metadata = {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)}
-    write_tensors(path, _tensors(adapter, start), metadata)
+    write_tensors(path, _tensors(adapter, adapter.layers, start), metadata)
 
 
 def _in_form(adapter: Adapter, written: Sequence[str]) -> Adapter:
@@ -328,11 +332,11 @@ def _in_form(adapter: Adapter, written: Sequence[str]) -> Adapter:
     return adapter
 
 
-def _tensors(adapter: Adapter, start: str) -> dict[str, Tensor]:
+def _tensors(adapter: Adapter, layers: Mapping[str, LayerFactors], start: str) -> dict[str, Tensor]:
     """Key -> values, in PEFT's names and shapes."""
     with_bias = _has_bias(adapter)
     tensors = {}
-    for path, layer in adapter.layers.items():
+    for path, layer in layers.items():
         stem, spec = f"{start}{path}", layer.spec
         point = (1,) * len(spec.kernel)
         for name, tensor in layer.tensors.items():
@@ -354,7 +358,7 @@ def _has_bias(adapter: Adapter) -> bool:
     return adapter.config.factors == "locon" and any(BIAS_DELTA in layer.tensors for layer in adapter.layers.values())
 
 
-def _check(adapter: Adapter, what: str) -> None:
+def _check(adapter: Adapter, what: str, attention: bool, base: Container[str]) -> None:
     factors = adapter.config.factors
     lora = factors in ("locon", "dora")
     for path, layer in adapter.layers.items():
@@ -376,6 +380,7 @@ def _check(adapter: Adapter, what: str) -> None:
             reason = f"has a bias delta, for which PEFT has no place beside {factors} factors"
         elif trained_bias and layer.alpha == 0:
             reason = "has a bias delta and alpha 0: PEFT scales the bias, too"
+        reason = reason or (why_not_in_peft(path, layer) if attention else why_no_attention(path, layer, base))
         if reason:
             raise ConvLoRAError(f"write: no {what} holds this one: '{path}' {reason}")
     if "" in adapter.modules:
@@ -405,8 +410,9 @@ def _bias(layer: LayerFactors, scale: float) -> Tensor:
     return (bias.double() / scale).to(bias.dtype)
 
 
-def _config(adapter: Adapter) -> dict[str, Any]:
-    layers, factors = adapter.layers, adapter.config.factors
+def _config(adapter: Adapter, written: Mapping[str, LayerFactors]) -> dict[str, Any]:
+    factors = adapter.config.factors
+    layers = {path: layer for path, layer in written.items() if path == attention_of(path)}
     rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
     methods: dict[str, dict[str, Any]] = {
