@@ -44,8 +44,8 @@ def detect(path: str | os.PathLike[str]) -> str:
     if os.path.isdir(place):
         if os.path.isfile(place / peft.CONFIG):
             return "peft"
-        if os.path.isfile(place / locon.FOLDER_FILE):
-            return detect(place / locon.FOLDER_FILE)
+        if file := locon.in_folder(place):
+            return detect(file)
         inner = sorted(p.parent.name for p in place.glob(f"*/{peft.CONFIG}"))
         hint = f"; those in it do: {', '.join(inner)}" if inner else ""
         raise ConvLoRAError(f"read: the folder '{path}' has no {peft.CONFIG}, so it is no PEFT adapter{hint}")
@@ -112,7 +112,7 @@ def read(
     if prefix is not None and not (in_one_file and isinstance(prefix, str)):
         raise ConvLoRAError(f"read: prefix (={prefix!r}) must be a string, for locon or diffusers files")
     if in_one_file and os.path.isdir(place):
-        place = place / locon.FOLDER_FILE
+        place = locon.in_folder(place) or place
     if layers is not None and not (isinstance(layers, Mapping) and all(map(_is_spec, layers.values()))):
         raise ConvLoRAError("read: layers= must be {layer path: WeightSpec}; see specs_of and specs_from_checkpoint")
     if kind == "convlora":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ from convlora.formats.updates import (
 
 PREFIX, LAYERS = "lycoris", "convlora.layers"
 FOLDER_FILE = "pytorch_lora_weights.safetensors"  # of diffusers
+FOLDER_FILES = (FOLDER_FILE, "pytorch_lora_weights.bin")
 _BARE = ("lora_A", "lora_B")  # PEFT's names, which leave the scale to a config
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -54,6 +56,11 @@ def recognises(names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
     if found and (METADATA in metadata or any(f".{bare}." in name for name in found for bare in _BARE)):
         return "diffusers"
     return "locon" if found else None
+
+
+def in_folder(folder: Path) -> Path | None:
+    """The file that diffusers looks for in a folder, if it is there."""
+    return next((folder / name for name in FOLDER_FILES if os.path.isfile(folder / name)), None)
 
 
 def _is_part(name: str) -> bool:

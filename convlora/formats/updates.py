@@ -11,6 +11,10 @@
 | `diff` | itself | `dense` |
 | `diff_b` | of the bias | `lora_bias` beside any of them |
 
+The scale is alpha over the rank r, and 1 for `diff`. LyCORIS leaves it out where w1 and w2 of LoKr both are whole; what
+its `rs_lora` would make of it there, a file does not say. Its LoHa applies it once in the network, which counts here,
+and twice in `merge_to`.
+
 An adapter has one factorization. Layers of a file that differ in theirs are all brought to `locon`, exactly: an update
 is the product of itself and an identity matrix. DoRA beside another kind is refused.
 """

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import convlora
 from convlora import Adapter, ConvLoRAError, formats
-from convlora.formats.locon import FOLDER_FILE
+from convlora.formats.locon import FOLDER_FILE, FOLDER_FILES
 from convlora.formats.peft import METADATA
 
 ROUNDING = 1e-6  # a model holds float32 factors
@@ -136,6 +136,16 @@ def test_a_file_without_metadata_takes_alpha_from_the_reader(tmp_path: Path, dif
     model.save_lora_adapter(str(tmp_path / "stated"))
     with pytest.raises(ConvLoRAError, match="rank= and alpha= are for files that do not state them; this one does"):
         formats.read(tmp_path / "stated", alpha=16)
+
+
+def test_a_pickled_file_is_read_without_running_it(tmp_path: Path, diffusers: Any) -> None:
+    base = unet(diffusers)
+    model = adapted(base, r=4, lora_alpha=16)
+    model.save_lora_adapter(str(tmp_path), safe_serialization=False)
+    assert [p.name for p in tmp_path.iterdir()] == [FOLDER_FILES[1]]
+    assert formats.detect(tmp_path) == "diffusers"
+    adapter = formats.read(tmp_path, layers=formats.specs_of(base), alpha=16)  # such a file has no metadata
+    assert distance(run(convlora.load(copy.deepcopy(base), adapter)), run(model)) < ROUNDING
 
 
 def text_encoder() -> nn.Module:
