@@ -15,7 +15,7 @@ the layers of the base do. Files of this library name them in `__metadata__`, un
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +52,8 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 def recognises(names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
     """`locon` or `diffusers`, if these are tensors of an adapter in one file, one that can be read or not."""
-    found = [name for name in names if _is_part(name) or why_refused(name)]
+    names = set(names)
+    found = [name for name in names if _is_part(name) or _is_refused(name, names)]
     if found and (METADATA in metadata or any(f".{bare}." in name for name in found for bare in _BARE)):
         return "diffusers"
     return "locon" if found else None
@@ -66,6 +67,12 @@ def in_folder(folder: Path) -> Path | None:
 def _is_part(name: str) -> bool:
     split = split_key(name)
     return split is not None and split[1] != "alpha"
+
+
+def _is_refused(name: str, names: Container[str]) -> bool:
+    """Whether a tensor is one of a method that is refused: a plain layer may be called `a1` as well as a part."""
+    plain = name.endswith(".weight") and f"{name.rsplit('.', 2)[0]}.alpha" not in names
+    return not plain and why_refused(name) is not None
 
 
 def read(

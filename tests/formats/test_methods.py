@@ -389,3 +389,29 @@ def test_a_trained_head_beside_dora_reads_and_writes(tmp_path: Path, peft: Any) 
     with torch.no_grad():
         assert distance(again(x), expected) < ROUNDING
         assert distance(convlora.load(copy.deepcopy(base), adapter)(x), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", ALGORITHMS)
+def test_half_precision_files_mean_what_their_values_mean(
+    case: str, dtype: torch.dtype, tmp_path: Path, lycoris: Any
+) -> None:
+    base, x = wide("2d")
+    _, network = by_lycoris(lycoris, base, **ALGORITHMS[case][0])
+    narrow = {n: t.to(dtype) for n, t in load_file(written_by_lycoris(network, tmp_path / "rain.safetensors")).items()}
+    outputs = []
+    for tensors in (narrow, {name: tensor.double() for name, tensor in narrow.items()}):
+        save_file(tensors, tmp_path / "rain.safetensors")
+        outputs.append(output(base, formats.read(tmp_path / "rain.safetensors", layers=formats.specs_of(base)), x))
+    assert distance(*outputs) < ROUNDING
+
+
+def test_attention_is_for_lora_alone_in_peft(tmp_path: Path) -> None:
+    base = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+    for factors, path in (("dora", "attn.in_proj"), ("loha", "attn.in_proj"), ("lokr", "attn.out_proj")):
+        adapter = trained(base, factors, targets=[path])
+        with pytest.raises(ConvLoRAError, match=f"'{path}' is a projection of an attention, which only LoRA of PEFT"):
+            formats.write(adapter, tmp_path / "rain", "peft", base=base.state_dict())
+    with pytest.raises(ConvLoRAError, match=r"no file of diffusers holds this one: 'attn\.in_proj' is a projection"):
+        formats.write(trained(base, "locon", targets=["attn.in_proj"]), tmp_path / "rain.safetensors", "diffusers")
+    assert not list(tmp_path.iterdir())

@@ -238,7 +238,8 @@ def test_whole_differences_are_read_beside_factors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", REFUSED)
 def test_what_no_factorization_expresses_is_refused_by_its_key(end: str, tmp_path: Path) -> None:
-    save_file({f"lora_unet_conv.{end}": torch.ones(2, 2)}, tmp_path / "rain.safetensors")
+    tensors = {f"lora_unet_conv.{end}": torch.ones(2, 2), "lora_unet_conv.alpha": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "rain.safetensors")
     assert formats.detect(tmp_path / "rain.safetensors") == "locon"
     with pytest.raises(ConvLoRAError) as caught:
         formats.read(tmp_path / "rain.safetensors")
@@ -251,6 +252,14 @@ def test_what_no_factorization_expresses_is_refused_by_its_key(end: str, tmp_pat
 def test_what_is_no_part_of_a_layer_is_none(key: str) -> None:
     assert why_refused(key) is None
     assert key == "conv.alpha" or split_key(key) in (None, ("", "diff"))
+
+
+def test_a_plain_checkpoint_is_no_adapter_whatever_its_layers_are_called(tmp_path: Path) -> None:
+    layers = nn.ModuleDict({name: nn.Conv2d(2, 2, 1) for name in ("a1", "a2", "b1", "p_layer", "alpha")})
+    save_file(nn.ModuleDict({"body": layers}).state_dict(), tmp_path / "base.safetensors")
+    with pytest.raises(ConvLoRAError, match="is no adapter of a known format") as caught:
+        formats.read(tmp_path / "base.safetensors")
+    assert "\n" not in str(caught.value)
 
 
 MALFORMED: dict[str, tuple[dict[str, Tensor], str]] = {
