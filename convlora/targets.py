@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from convlora.config import Target
 from convlora.errors import ConvLoRAError
-from convlora.layer.adapted import CHILD, why_not
+from convlora.factors.base import PROJECTIONS
+from convlora.layer.adapted import CHILD, peek_base_tensor, why_not
+from convlora.layer.loading import AdapterTensors
+from convlora.layer.projection import Projection
 from convlora.support.patterns import NameIndex, checked_match, is_literal, nearest_names
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model by all of their names, in model order, and the projections of each attention after it.
+
+    An attention's projections that no adapter is on are made here, and leave no trace on it.
+    """
+    made: dict[int, list[Projection]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Projection):
+            continue
+        yield name, module
+        if id(module) not in made:
+            made[id(module)] = _projections_of(module)
+        for projection in made[id(module)]:
+            yield f"{name}.{projection.name}" if name else projection.name, projection
+
+
+def _projections_of(module: nn.Module) -> list[Projection]:
+    found: list[Projection] = []
+    if isinstance(module, torch.jit.ScriptModule | AdapterTensors):
+        return found
+    for name in PROJECTIONS:
+        held, there = f"{name}_weight", module._modules.get(name)
+        if isinstance(there, Projection):
+            found.append(there)
+        elif (
+            (held in module._parameters or held in module.__dict__ or parametrize.is_parametrized(module, held))
+            and not hasattr(module, name)
+            and isinstance(weight := peek_base_tensor(module, held), Tensor)
+            and weight.dim() == 2
+        ):
+            found.append(Projection(module, name, (weight.shape[0], weight.shape[1])))
+    return found
 
 
 def select_layers(
@@ -20,7 +59,7 @@ def select_layers(
     Raises:
         ConvLoRAError: a target selects nothing, or names by a pattern without wildcard what cannot be adapted.
     """
-    named = list(model.named_modules(remove_duplicate=False))
+    named = list(named_layers(model))
     modules, index = dict(named), NameIndex(name for name, _ in named)
     reasons = {id(module): why_not(module) for _, module in named}
     adaptable = {name: module for name, module in named if reasons[id(module)] is None}

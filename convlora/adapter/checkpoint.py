@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from convlora.adapter.parts import (
     AdapterParts,
     LayerFactors,
     at_least_float32,
+    base_key,
     delta_and_gain,
     refuse_weight,
     strengths_of,
@@ -27,7 +28,7 @@ from convlora.adapter.parts import (
 )
 from convlora.config import AdapterConfig, Strength
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
-from convlora.factors.base import WeightSpec, get_factors, needs_weight
+from convlora.factors.base import PROJECTIONS, WeightSpec, get_factors, needs_weight
 from convlora.factors.fuse import fuse_weight, fuse_weight_exactly, is_finite, mixture
 from convlora.factors.svd import rank_chooser
 from convlora.support.progress import counted_steps
@@ -147,7 +148,7 @@ def plan_merge(
     if not isinstance(state_dict, Mapping):
         raise ConvLoRAError(f"Adapter.apply_to: expected a state dict, got {type(state_dict).__name__}")
     aliases = {  # a module of several paths is one layer
-        tensor_key(alias, kind): tensor_key(path, kind)
+        base_key(alias, kind, state_dict, layer.spec): base_key(path, kind, state_dict, layer.spec)
         for adapter, _ in strengths
         for path, layer in adapter.layers.items()
         for kind in _kinds(layer)
@@ -162,7 +163,8 @@ def plan_merge(
             raise ConvLoRAError(f"Adapter.apply_to: {problems}{f'; it fits {ways}' if ways else ''}")
         for path, layer in adapter.layers.items():
             for kind in _kinds(layer) if each[path] else ():
-                name = aliases.get(tensor_key(path, kind), tensor_key(path, kind))
+                name = base_key(path, kind, state_dict, layer.spec)
+                name = aliases.get(name, name)
                 changes.setdefault(name, {}).setdefault(number, (adapter, layer, each[path]))
     plan = MergePlan({}, Problems())
     mixed = _copies(by_layer)
@@ -218,7 +220,7 @@ def state_dict_misfits(adapter: AdapterParts, state_dict: Mapping[str, Any]) -> 
     problems = Problems()
     for path, layer in adapter.layers.items():
         for kind in _kinds(layer):
-            name = tensor_key(path, kind)
+            name = base_key(path, kind, state_dict, layer.spec)
             shape = layer.spec.shape if kind == "weight" else (layer.spec.out_channels,)
             base = state_dict.get(name)
             if not isinstance(base, Tensor):
@@ -241,6 +243,7 @@ def state_dict_misfits(adapter: AdapterParts, state_dict: Mapping[str, Any]) -> 
 def renamings_that_fit(adapter: A, state_dict: Mapping[str, Any], prefix: str = "") -> list[tuple[dict[str, str], A]]:
     """The prefixes, added or taken away, by which an adapter fits a state dict, and the adapter by each."""
     paths = dict.fromkeys(str(name).rpartition(".")[0] for name in state_dict)
+    paths |= {path: None for name in state_dict if (path := layer_of_weight(str(name))) is not None}
     renamed = ((names, rename_layers(adapter, names)) for names in other_prefixes(adapter, paths, prefix))
     return [(names, other) for names, other in renamed if not state_dict_misfits(other, state_dict)]
 
@@ -268,7 +271,7 @@ def extract_adapter(
     layers, errors = {}, {}
     shapes = shapes_of(base), shapes_of(tuned)
     for path, spec in counted_steps(_layers(*shapes, differing, specs or {}).items()):
-        weight, bias = tensor_key(path, "weight"), tensor_key(path, "bias")
+        weight, bias = (base_key(path, kind, base, spec) for kind in ("weight", "bias"))
         fit = factorization.fit(spec.to_convolution(_difference(base, tuned, weight)), spec, choose)
         tensors = dict(fit.factors)
         like: Any = shapes[0].get(bias)
@@ -290,7 +293,9 @@ def extract_adapter(
         make,
         config,
         layers,
-        fingerprint=base_fingerprint(RenamedTensors(base, {p: tensor_key(p, "weight") for p in layers})),
+        fingerprint=base_fingerprint(
+            RenamedTensors(base, {p: base_key(p, "weight", base, layer.spec) for p, layer in layers.items()})
+        ),
         errors=errors,
     )
 
@@ -326,16 +331,18 @@ def _layers(
     problems = Problems()
     layers = {}
     for name, weight in base.items():
-        path, _, last = str(name).rpartition(".")
-        if last != "weight" or not is_layer_weight(weight) or not is_layer_weight(tuned.get(name)):
+        path = layer_of_weight(str(name))
+        if path is None or not is_layer_weight(weight) or not is_layer_weight(tuned.get(name)):
             continue
         comparable = weight.shape == tuned[name].shape
-        if name in differing or (comparable and tensor_key(path, "bias") in differing):
-            layers[path] = specs.get(path) or guess_spec(tuple(weight.shape), base.get(tensor_key(path, "bias")))
+        if name in differing or (comparable and base_key(path, "bias", base) in differing):
+            layers[path] = specs.get(path) or guess_spec_of(path, base)
             if layers[path].shape != tuple(weight.shape):
                 problems.mismatched.append(f"{name} {tuple(weight.shape)} instead of {layers[path].shape}")
     problems.missing += [
-        tensor_key(path, "weight") for path in specs if not isinstance(base.get(tensor_key(path, "weight")), Tensor)
+        base_key(path, "weight", base, spec)
+        for path, spec in specs.items()
+        if not isinstance(base.get(base_key(path, "weight", base, spec)), Tensor)
     ]
     problems.raise_if_any(OPERATION)
     return layers
@@ -354,7 +361,8 @@ def _difference(base: Mapping[str, Any], tuned: Mapping[str, Any], name: str) ->
 def specs_from_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, WeightSpec]:
     """Layer path -> weight, for every floating `.weight` of two or more dimensions, in the order of the checkpoint.
 
-    A bare checkpoint tells neither groups nor transposed layers: see `guess_spec`.
+    `attn.in_proj_weight` is the weight of the layer `attn.in_proj`, and so on for the other projections of attention. A
+    bare checkpoint tells neither groups nor transposed layers: see `guess_spec`.
 
     Example:
         >>> from torch import nn
@@ -365,10 +373,31 @@ def specs_from_checkpoint(state_dict: Mapping[str, Any]) -> dict[str, WeightSpec
         raise ConvLoRAError(f"specs_from_checkpoint: expected a state dict, got {type(state_dict).__name__}")
     specs = {}
     for name, weight in state_dict.items():
-        path, _, last = str(name).rpartition(".")
-        if last == "weight" and is_layer_weight(weight):
-            specs[path] = guess_spec(tuple(weight.shape), state_dict.get(tensor_key(path, "bias")))
+        path = layer_of_weight(str(name))
+        if path is not None and is_layer_weight(weight):
+            specs[path] = guess_spec_of(path, state_dict)
     return specs
+
+
+def layer_of_weight(name: str) -> str | None:
+    """The path of the layer whose weight an entry of a checkpoint is, by its name; None if it is none.
+
+    Example:
+        >>> layer_of_weight("body.0.weight"), layer_of_weight("attn.in_proj_weight"), layer_of_weight("body.0.bias")
+        ('body.0', 'attn.in_proj', None)
+    """
+    path, _, last = name.rpartition(".")
+    if last == "weight":
+        return path
+    projection = last.removesuffix("_weight")
+    return tensor_key(path, projection) if last != projection and projection in PROJECTIONS else None
+
+
+def guess_spec_of(path: str, state_dict: Mapping[str, Any]) -> WeightSpec:
+    """What a checkpoint that has the weight of a layer tells of it."""
+    weight = base_key(path, "weight", state_dict)
+    spec = guess_spec(tuple(state_dict[weight].shape), state_dict.get(base_key(path, "bias", state_dict)))
+    return replace(spec, in_parent=weight != tensor_key(path, "weight"))
 
 
 def is_layer_weight(value: Any) -> bool:

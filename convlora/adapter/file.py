@@ -5,7 +5,8 @@ Tensor keys are `<layer path>.lora_A`, `<layer path>.lora_B` (`.lora_bias`), or 
 
 - `format`: `convlora`, and `convlora.format_version`: `1`, or `2` where version 1 could not say what the adapter is;
 - `config`: the `AdapterConfig` as JSON;
-- `layers`: JSON `{path: [rank, alpha, weight shape, groups, transposed, [alias paths]]}`, trailing defaults left out;
+- `layers`: JSON `{path: [rank, alpha, weight shape, groups, transposed, [alias paths], in parent]}`, trailing defaults
+  left out; the last from version 2 on: the weight is a Parameter of the module above (`WeightSpec.in_parent`);
 - `modules`, from version 2 on: JSON `{module path: [tensor names]}` of the copies;
 - `fingerprint`: of the base weights that were adapted, if known;
 - `base_summary`: a few sums of them, JSON, which tell a rounded base from another one; other releases may pass over it;
@@ -47,6 +48,7 @@ def write_adapter(adapter: AdapterParts, path: str | os.PathLike[str]) -> None:
     for path_, copies in adapter.modules.items():
         tensors |= {tensor_key(path_, name): tensor.detach().cpu().contiguous() for name, tensor in copies.items()}
     known_to_first = not adapter.modules and adapter.config.norm_statistics == "adapter"
+    known_to_first &= not any(layer.spec.in_parent for layer in adapter.layers.values())
     metadata = {
         "format": FORMAT,
         "convlora.format_version": VERSIONS[0]
@@ -125,7 +127,8 @@ def _entry(layer: LayerFactors) -> list[Any]:
     spec = layer.spec
     alpha = int(layer.alpha) if float(layer.alpha).is_integer() else layer.alpha
     entry = [layer.rank, alpha, list(spec.shape), spec.groups, int(spec.transposed), list(layer.aliases)]
-    defaults: tuple[Any, ...] = ([], 0, 1)
+    entry.append(int(spec.in_parent))
+    defaults: tuple[Any, ...] = (0, [], 0, 1)
     for default in defaults:
         if entry[-1] != default:
             break
@@ -134,7 +137,7 @@ def _entry(layer: LayerFactors) -> list[Any]:
 
 
 def layers_to_json(layers: Mapping[str, LayerFactors]) -> str:
-    """JSON `{path: [rank, alpha, weight shape, groups, transposed, [alias paths]]}`, trailing defaults left out."""
+    """JSON `{path: [rank, alpha, weight shape, groups, transposed, [alias paths], in parent]}`; shortened."""
     return json.dumps({path: _entry(layer) for path, layer in layers.items()}, separators=(",", ":"))
 
 
@@ -147,11 +150,12 @@ def layers_from_json(text: str) -> dict[str, LayerFactors]:
     entries: dict[str, list[Any]] = parse_json(text)
     layers = {}
     for path, entry in entries.items():
-        defaults: list[Any] = [1, 0, []]
-        rank, alpha, shape, groups, transposed, aliases = [*entry, *defaults[len(entry) - 3 :]]
-        if type(shape) is not list or type(aliases) is not list or transposed not in (0, 1):
+        defaults: list[Any] = [1, 0, [], 0]
+        rank, alpha, shape, groups, transposed, aliases, in_parent = [*entry, *defaults[len(entry) - 3 :]]
+        flags = (transposed, in_parent)
+        if type(shape) is not list or type(aliases) is not list or any(flag not in (0, 1) for flag in flags):
             raise ValueError(f"layer {path!r} is described by {entry!r}")
-        spec = WeightSpec(tuple(shape), groups, bool(transposed))
+        spec = WeightSpec(tuple(shape), groups, bool(transposed), bool(in_parent))
         layers[path] = LayerFactors({}, spec, rank, alpha, tuple(map(str, aliases)))
     return layers
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convlora.config import AdapterConfig, Strength, is_number, strengths_by_layer
 from convlora.errors import ConvLoRAError, Problems
-from convlora.factors.base import WeightSpec, gains_of, get_factors, needs_weight, update_of
+from convlora.factors.base import PROJECTIONS, WeightSpec, gains_of, get_factors, needs_weight, update_of
 from convlora.factors.fuse import is_finite
 
 BIAS_DELTA = "lora_bias"
@@ -140,3 +140,27 @@ def tensor_key(path: str, name: str) -> str:
         ('body.0.lora_A', 'weight')
     """
     return f"{path}.{name}" if path else name
+
+
+def base_key(path: str, kind: str, state_dict: Container[str], spec: WeightSpec | None = None) -> str:
+    """The name that the weight or bias of a layer has, or would have, in a checkpoint.
+
+    Example:
+        >>> base_key("body.0", "weight", {}), base_key("attn.in_proj", "bias", {"attn.in_proj_bias": ...})
+        ('body.0.weight', 'attn.in_proj_bias')
+    """
+    names = base_keys(path, kind, spec)
+    return next((name for name in names if name in state_dict), names[0])
+
+
+def base_keys(path: str, kind: str, spec: WeightSpec | None = None) -> list[str]:
+    """The names that the weight or bias of a layer can have in a checkpoint: two for a projection of attention.
+
+    Example:
+        >>> base_keys("body.0", "weight"), base_keys("attn.in_proj", "weight")
+        (['body.0.weight'], ['attn.in_proj.weight', 'attn.in_proj_weight'])
+    """
+    names = [tensor_key(path, kind)]
+    if path.rpartition(".")[2] in PROJECTIONS:
+        names.insert(0 if spec is not None and spec.in_parent else 1, f"{path}_{kind}")
+    return names

@@ -6,13 +6,14 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from convlora.adapter.checkpoint import is_layer_weight
+from convlora.adapter.checkpoint import is_layer_weight, layer_of_weight
 from convlora.adapter.fingerprint import base_fingerprint
-from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, is_statistic, tensor_key
+from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, base_key, base_keys, is_statistic, tensor_key
 from convlora.config import CHILD, AdapterConfig
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import Factorization, WeightSpec, get_factors
@@ -24,13 +25,7 @@ A = TypeVar("A", bound=AdapterParts)
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, DDP and AveragedModel; torch.compile
 _SCALE = "lora_scale"  # beside the factors, where a checkpoint states it
 # Where a layer keeps its weight, or that from which a norm, a pruning or a parametrization computes it.
-_WEIGHTS = (
-    "weight",
-    "weight_v",
-    "weight_orig",
-    "parametrizations.weight.original",
-    "parametrizations.weight.original1",
-)
+_WEIGHTS = ("{}", "{}_v", "{}_orig", "parametrizations.{}.original", "parametrizations.{}.original1")
 
 Entries = dict[str, dict[str, Tensor]]  # module path -> tensor name -> values
 
@@ -71,7 +66,7 @@ def adapter_from_state_dict(
     _check_targets({p for p in entries if p not in copied}, copied, state.base, config, problems)
     modules = _modules({p: t for p, t in entries.items() if p in copied}, state, config, problems)
     problems.raise_if_any(OPERATION)
-    weights = {path: state.base.get(tensor_key(path, "weight")) for path in layers}
+    weights = {path: state.base.get(base_key(path, "weight", state.base)) for path in layers}
     known_base = {path: weight for path, weight in weights.items() if isinstance(weight, Tensor)}
     fingerprint = base_fingerprint(known_base) if len(known_base) == len(weights) else None
     return make(_as_plain_data(config, layers, modules), layers, fingerprint, modules=modules)
@@ -132,7 +127,7 @@ def _layers(
     layers: dict[str, LayerFactors] = {}
     unclear = []
     for first, (path, *aliases) in _first_names(entries, state.adapters[config.name]).items():
-        weight = next((w for w in (state.base.get(tensor_key(path, n)) for n in _WEIGHTS) if w is not None), None)
+        weight, in_parent = _held_weight(path, state.base)
         if not isinstance(weight, Tensor):
             problems.missing.append(tensor_key(path, "weight"))
             continue
@@ -151,7 +146,8 @@ def _layers(
             problems.mismatched.append(f"{path} has factors of another layer than {known}")
         elif fits:
             unclear += [path] if known is None and len({spec.transposed for spec in fits}) > 1 else []
-            layers[path] = LayerFactors(tensors, known or fits[0], rank, alpha, tuple(aliases))
+            spec = replace(known or fits[0], in_parent=in_parent)
+            layers[path] = LayerFactors(tensors, spec, rank, alpha, tuple(aliases))
         _check_bias(path, tensors, state.base, config, problems)
     if unclear and not problems:
         warnings.warn(
@@ -161,6 +157,17 @@ def _layers(
             stacklevel=4,
         )
     return layers
+
+
+def _held_weight(path: str, base: Mapping[str, Any]) -> tuple[Any, bool]:
+    """What a layer's weight is, or is computed from, and whether the module above the layer holds it."""
+    for key in base_keys(path, "weight"):
+        in_parent = key != tensor_key(path, "weight")
+        holder, _, name = key.rpartition(".")
+        names = (tensor_key(holder, form.format(name)) for form in _WEIGHTS)
+        if (weight := next((base[name] for name in names if base.get(name) is not None), None)) is not None:
+            return weight, in_parent
+    return None, False
 
 
 def _first_names(entries: Entries, stored: Entries) -> dict[str, list[str]]:
@@ -183,7 +190,7 @@ def _fitting_specs(
     problems: Problems,
 ) -> list[WeightSpec]:
     """What the layer can be by the shapes of its weight, its bias and its factors; the likeliest first."""
-    candidates = list(_candidates(tuple(weight.shape), base.get(tensor_key(path, "bias"))))
+    candidates = list(_candidates(tuple(weight.shape), base.get(base_key(path, "bias", base))))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name != BIAS_DELTA}
     wanted = [name for spec in candidates[:1] for name in factorization.shapes(spec, max(rank, 1))]
     if absent := [name for name in wanted if name not in shapes]:
@@ -228,7 +235,7 @@ def _check_targets(
         return
     if not any(checked_match(target, path, OPERATION) for target in targets for path in adapted):
         problems.unexpected += [f"{path} (the config's targets select another layer)" for path in sorted(adapted)]
-    layers = [str(key).rpartition(".weight")[0] for key, value in base.items() if _is_layer_weight(str(key), value)]
+    layers = [p for key, w in base.items() if (p := layer_of_weight(str(key))) is not None and is_layer_weight(w)]
     absent = [
         path
         for path in layers
@@ -242,14 +249,10 @@ def _check_targets(
             problems.missing += [f"{path} (of target '{target}')" for path in selected]
 
 
-def _is_layer_weight(key: str, value: Any) -> bool:
-    return f".{key}".endswith(".weight") and is_layer_weight(value)
-
-
 def _check_bias(
     path: str, tensors: Mapping[str, Tensor], base: Mapping[str, Any], config: AdapterConfig, problems: Problems
 ) -> None:
-    has = isinstance(base.get(tensor_key(path, "bias")), Tensor)
+    has = isinstance(base.get(base_key(path, "bias", base)), Tensor)
     if BIAS_DELTA in tensors and not config.bias:
         problems.unexpected.append(tensor_key(path, BIAS_DELTA))
     elif BIAS_DELTA not in tensors and config.bias and has:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from convlora.adapter.adapter import Adapter
+from convlora.adapter.checkpoint import layer_of_weight
 from convlora.adapter.parts import LayerFactors
 from convlora.factors.base import WeightSpec
 from convlora.formats import specs_from_checkpoint, specs_of
 from convlora.support.tensorfile import shapes_of
+from convlora.targets import named_layers
 
 
 class Architecture(NamedTuple):
@@ -55,8 +57,8 @@ def with_checkpoint_names(adapter: Adapter, state: Mapping[str, Any]) -> Adapter
     known = recognise_architecture(state)
     if known is None:
         return adapter
-    stored = {n.removesuffix(".weight"): v for n, v in state.items() if n.endswith(".weight") and _is_floating(v)}
-    modules = dict(known.model.named_modules())
+    stored = {p: v for n, v in state.items() if (p := layer_of_weight(n)) is not None and _is_floating(v)}
+    modules = dict(named_layers(known.model))
     layers: dict[str, LayerFactors] = {}
     for path, layer in adapter.layers.items():
         weight = getattr(modules.get(path), "weight", None)

@@ -15,7 +15,7 @@ from convlora.adapter.adapter import Adapter
 from convlora.adapter.checkpoint import renamings_that_fit, state_dict_misfits
 from convlora.adapter.fingerprint import BaseMatch, compare_bases
 from convlora.adapter.naming import describe_prefix
-from convlora.adapter.parts import tensor_key
+from convlora.adapter.parts import base_key
 from convlora.adapter.training import take_apart
 from convlora.cli.architecture import layers_of, recognise_architecture, with_checkpoint_names
 from convlora.config import AdapterConfig, Strength, is_number
@@ -142,7 +142,8 @@ def match_base(adapter: Adapter, placed: Adapter, state: Mapping[str, Any]) -> B
     """What the checkpoint, as stored or read in float32, is to the base that was adapted; None if unknown."""
     if adapter.fingerprint is None:
         return None
-    names = {was: tensor_key(now, "weight") for was, now in zip(adapter.layers, placed.layers, strict=True)}
+    keys = [base_key(path, "weight", state, layer.spec) for path, layer in placed.layers.items()]
+    names = dict(zip(adapter.layers, keys, strict=True))
     stored = compare_bases(adapter.fingerprint, RenamedTensors(state, names))
     if stored.kind == "same":
         return stored

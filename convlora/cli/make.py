@@ -13,6 +13,7 @@ import typer
 from convlora import formats
 from convlora.adapter.adapter import Adapter
 from convlora.adapter.checkpoint import plan_merge
+from convlora.adapter.parts import base_key
 from convlora.cli.architecture import layers_of
 from convlora.cli.console import emit, progress
 from convlora.cli.inputs import (
@@ -151,7 +152,7 @@ def extract(
     specs = {
         path: spec
         for path, spec in layers_of(before).items()
-        if tuple(getattr(shapes.get(f"{path}.weight"), "shape", ())) == spec.shape
+        if tuple(getattr(shapes.get(base_key(path, "weight", shapes, spec)), "shape", ())) == spec.shape
     }
     with progress("extracting"):
         adapter = Adapter.extract(

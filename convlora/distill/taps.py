@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from convlora.config import Target
 from convlora.errors import ConvLoRAError
-from convlora.layer.adapted import Adapted
+from convlora.layer.adapted import Adapted, slot_of
+from convlora.layer.projection import projections_on
 from convlora.model.traversal import unwrap_model
 from convlora.support.patterns import nearest_names
 from convlora.targets import describe_target, target_selects
@@ -84,13 +85,14 @@ def matches_parts(pattern: str, name: str) -> bool:
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by their first name; the inside of adapted layers is theirs."""
+    """All modules by their first name, but for those that adapters have brought."""
     inside: set[int] = set()
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
         if isinstance(module, Adapted):
-            inside |= {id(part) for part in module.modules() if part is not module}
+            brought = (slot_of(module), *projections_on(module))
+            inside |= {id(part) for inner in brought for part in inner.modules()}
         yield name, module
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from convlora.errors import ConvLoRAError
 
 Shape = tuple[int, ...]
+
+# The projections of attention, whose weights a module may hold itself, as `nn.MultiheadAttention` does: the layer
+# `attn.in_proj` has the weight `attn.in_proj_weight`.
+PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class WeightSpec:
         shape: as the layer stores it: `(out, in/groups, *kernel)`, transposed convolutions `(in, out/groups, *kernel)`.
         groups: channel groups.
         transposed: a transposed convolution.
+        in_parent: the weight is a Parameter of the module above the layer, as those of `PROJECTIONS` are. It says
+            where the weight is, so specs that differ in it alone are equal.
 
     Example:
         >>> spec = WeightSpec((8, 3, 5, 5), groups=2, transposed=True)  # ConvTranspose2d(8, 6, 5, groups=2)
@@ -38,6 +44,7 @@ class WeightSpec:
     shape: Shape
     groups: int = 1
     transposed: bool = False
+    in_parent: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         sizes = (*self.shape, self.groups)

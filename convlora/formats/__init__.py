@@ -117,6 +117,7 @@ def read(
             raise ConvLoRAError(f"read: '{path}' is malformed ({one_line(error)})") from None
     if layers is not None:
         _check(adapter, layers, path)
+        adapter = _placed(adapter, layers)
     return adapter if name is None else replace(adapter, config=adapter.config.replace(name=name))
 
 
@@ -145,7 +146,8 @@ def write(
             (`lycoris`; kohya's scripts: `lora_unet`, …).
         alpha: for loralib, the one `lora_alpha` that all layers are to be built with; factors are rescaled to it.
         base: the state dict of the base, for PEFT, which saves whole modules: running statistics without the weight
-            and bias beside them get those of the base.
+            and bias beside them get those of the base. PEFT adapts `nn.MultiheadAttention` as a whole: it also tells
+            that a layer `out_proj` is of one, where the adapter has no `in_proj` beside it.
         overwrite: whether to replace what is there.
 
     Raises:
@@ -199,6 +201,15 @@ def _known(operation: str, format: str) -> str:
     if format not in FORMATS:
         raise ConvLoRAError(f"{operation}: format (={format!r}) must be one of {', '.join(FORMATS)}")
     return format
+
+
+def _placed(adapter: Adapter, layers: Mapping[str, WeightSpec]) -> Adapter:
+    """The adapter with what the base says of where its weights are: most files do not say it."""
+    placed = {
+        path: replace(layer, spec=replace(layer.spec, in_parent=layers[path].in_parent))
+        for path, layer in adapter.layers.items()
+    }
+    return replace(adapter, layers=placed)
 
 
 def _check(adapter: Adapter, layers: Mapping[str, WeightSpec], path: str | os.PathLike[str]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from convlora.adapter.adapter import Adapter
 from convlora.adapter.algebra import assemble, with_linear_scaling
 from convlora.adapter.file import layers_from_json, layers_to_json
-from convlora.adapter.parts import BIAS_DELTA, LayerFactors, tensor_key
+from convlora.adapter.parts import BIAS_DELTA, LayerFactors, base_keys, tensor_key
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec
@@ -89,7 +89,7 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor
             tensor_key(p, name) for p, factors in own.items() for name in _FACTORS if name not in factors
         ]
     problems.raise_if_any("loralib")
-    weights = {p: [tensor_key(p, "weight"), tensor_key(p, "conv.weight")] for p in own}
+    weights = {p: [*base_keys(p, "weight"), tensor_key(p, "conv.weight")] for p in own}
     base = {p: tuple(tensors[name].shape) for p, names in weights.items() for name in names if name in tensors}
     if rest:
         warnings.warn(

@@ -10,7 +10,7 @@ says of which: names, or the ends of names after a dot.
 
 PEFT computes an adapted convolution as two convolutions that know nothing of the base's dilation and `padding_mode`:
 such layers fail there, or give another output, whatever wrote the file. It makes both of the base layer's own class,
-so subclasses with another constructor fail, too.
+so subclasses with another constructor fail, too. For `nn.MultiheadAttention` see attention.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from convlora.adapter.parts import BIAS_DELTA, LayerFactors, is_statistic
 from convlora.config import AdapterConfig, is_number
 from convlora.errors import ConvLoRAError, Problems, one_line
 from convlora.factors.base import WeightSpec
+from convlora.formats.attention import attention_of, from_peft, to_peft, why_not_in_peft
 from convlora.formats.patterns import LayerPatterns
 from convlora.formats.tensors import read_tensors
 from convlora.support.atomic import write_folder
@@ -81,8 +82,8 @@ def read(path: str | os.PathLike[str]) -> Adapter:
     problems = Problems()
     layers = {}
     for layer, own in tensors.items():
-        stated = ranks.values(layer) or [settings.get("r", 8)]
-        alpha = [*alphas.values(layer), settings.get("lora_alpha", 8)][0]
+        stated = ranks.values(attention_of(layer)) or [settings.get("r", 8)]
+        alpha = [*alphas.values(attention_of(layer)), settings.get("lora_alpha", 8)][0]
         missing = [f"{layer}.{name}" for name in ("lora_A", "lora_B") if name not in own]
         problems.missing += missing
         if missing:
@@ -95,7 +96,7 @@ def read(path: str | os.PathLike[str]) -> Adapter:
             continue
         layers[layer] = _layer(layer, own, rank, alpha, config.scale(rank, alpha))
     problems.raise_if_any("PEFT")
-    return assemble(Adapter, config, layers, modules=modules)
+    return assemble(Adapter, config, from_peft(layers), modules=modules)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -210,8 +211,9 @@ def write(
     adapter = adapter.refactor("locon")
     _check(adapter)
     with_bias = any(BIAS_DELTA in layer.tensors for layer in adapter.layers.values())
+    layers = to_peft(adapter.layers, adapter.config.scale, base)
     tensors = {}
-    for layer_path, layer in adapter.layers.items():
+    for layer_path, layer in layers.items():
         stem = f"{PREFIX if prefix is None else prefix}{layer_path}"
         point = (1,) * (len(layer.spec.shape) - 2)
         tensors[f"{stem}.lora_A.weight"] = layer.tensors["lora_A"].reshape(layer.rank, *layer.spec.shape[1:])
@@ -221,7 +223,7 @@ def write(
     start = PREFIX if prefix is None else prefix
     for module_path, copies in _whole_modules(adapter, base).items():
         tensors |= {f"{start}{module_path}.{name}": tensor for name, tensor in copies.items()}
-    settings = json.dumps(_config(adapter, with_bias), indent=2, sort_keys=True)
+    settings = json.dumps(_config(adapter, layers, with_bias), indent=2, sort_keys=True)
     write_folder(path, {WEIGHTS: to_safetensors(tensors, {"format": "pt"}), CONFIG: settings.encode()})
 
 
@@ -238,6 +240,7 @@ def _check(adapter: Adapter) -> None:
             reason = "is the model itself, which PEFT cannot adapt"
         elif BIAS_DELTA in layer.tensors and layer.alpha == 0 and bool(layer.tensors[BIAS_DELTA].ne(0).any()):
             reason = "has a bias delta and alpha 0: PEFT scales the bias, too"
+        reason = reason or why_not_in_peft(path, layer)
         if reason:
             raise ConvLoRAError(f"write: no PEFT adapter holds this one: '{path}' {reason}")
     if "" in adapter.modules:
@@ -267,8 +270,8 @@ def _bias(layer: LayerFactors, scale: float) -> Tensor:
     return (bias.double() / scale).to(bias.dtype)
 
 
-def _config(adapter: Adapter, with_bias: bool) -> dict[str, Any]:
-    layers = adapter.layers
+def _config(adapter: Adapter, written: Mapping[str, LayerFactors], with_bias: bool) -> dict[str, Any]:
+    layers = {path: layer for path, layer in written.items() if path == attention_of(path)}
     rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
     return {

@@ -17,6 +17,7 @@ from convlora.inspect.restored import remembered, restored
 from convlora.layer.adapted import class_name, peek_base_tensor, slot_of, watching_reads
 from convlora.layer.copies import own_tensors
 from convlora.layer.lowrank import LowRank
+from convlora.layer.projection import base_parameter
 from convlora.model.switch import disabled
 from convlora.model.traversal import adapted_modules, adapter_slots, refuse_sharded, require_adapters, unwrap_model
 from convlora.support.table import text_table
@@ -285,7 +286,7 @@ def _try_out(
         _switch(root, training, layers, {})  # off: the layer hands out its own Parameter, so a write reaches it
         call(root)
     for layer in layers.values():
-        weight = layer._parameters.get("weight")
+        weight = base_parameter(layer, "weight")
         if _mark(layer) != before[id(layer)] or (weight is not None and flow.wrote_to(weight)):
             overwritten.add(id(layer))
     vanished = _missing(root, layers)
@@ -391,7 +392,7 @@ def _trains(layer: nn.Module, trained: set[int] | None) -> bool | None:
 
 
 def _mark(layer: nn.Module) -> tuple[int, int, int]:
-    weight = layer._parameters.get("weight")
+    weight = base_parameter(layer, "weight")
     if weight is None:  # computed at every read; what it is computed from is no base weight
         return 0, 0, 0
     return id(weight), weight.data_ptr(), -1 if weight.is_inference() else weight._version

@@ -6,6 +6,9 @@ reads as that copy. The module's `__dict__` stays as it was, but for one child m
 keys, `isinstance`, user subclasses with their own forward and code that reads `.weight` all keep working, code that
 writes into what it has read (BatchNorm's statistics) writes into the copy, and taking the child away restores the
 module exactly.
+
+An attention that holds its projections' weights itself becomes adapted with them: it reads `in_proj_weight` as what the
+factors of its child `in_proj` (projection.py) make of it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,9 +28,10 @@ from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
 from convlora.layer.again import computing, derived, forms_again, without_keeping
 from convlora.layer.context import Choice, choosing
-from convlora.layer.copies import TensorCopies, own_tensors
+from convlora.layer.copies import own_tensors
 from convlora.layer.forms import training_form_of
 from convlora.layer.loading import AdapterTensors
+from convlora.layer.projection import PROJECTED, Projection, base_parameter, home_of, projections_on
 from convlora.layer.sharded import is_managed, is_shard_root, is_sharded
 from convlora.layer.slot import Slot
 
@@ -61,7 +65,9 @@ def why_not(layer: nn.Module) -> str | None:
         return f"its weight is {getattr(weight, 'dtype', type(weight).__name__)}, not floating point"
     if tuple(weight.shape) != _declared_shape(layer):
         return f"its weight has shape {tuple(weight.shape)}, its attributes say {_declared_shape(layer)}"
-    return f"it has an attribute named {CHILD!r}" if has_child_name(layer) else None
+    if has_child_name(home_of(layer, "weight")[0]):
+        return f"{'the module around it' if isinstance(layer, Projection) else 'it'} has an attribute named {CHILD!r}"
+    return None
 
 
 def has_child_name(module: nn.Module) -> bool:
@@ -91,7 +97,8 @@ def declare_shape(module: nn.Module) -> None:
 
 def weight_spec(layer: Any) -> WeightSpec:
     """The shape of a layer's weight and how to read it."""
-    return WeightSpec(_declared_shape(layer), int(getattr(layer, "groups", 1)), isinstance(layer, _TRANSPOSED))
+    groups, in_parent = int(getattr(layer, "groups", 1)), isinstance(layer, Projection)
+    return WeightSpec(_declared_shape(layer), groups, isinstance(layer, _TRANSPOSED), in_parent)
 
 
 # --- the adapted layer -------------------------------------------------------------------------------------------
@@ -132,13 +139,24 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
 
 def _reset_parameters(self: Any) -> None:
     """Reset the base layer: its own method writes to `weight`, which is a temporary while an adapter acts."""
-    slot = slot_of(self)
-    active, slot.active = slot.active, ()
+    _reset_base(self, self._convlora_base.reset_parameters)
+
+
+def _reset_attention(self: Any) -> None:
+    """The same for `nn.MultiheadAttention`, whose method has this name."""
+    _reset_base(self, self._convlora_base._reset_parameters)
+
+
+def _reset_base(self: Any, reset: Callable[[Any], None]) -> None:
+    before = [(slot_of(module), slot_of(module).active) for module in self.modules() if isinstance(module, Adapted)]
+    for slot, _ in before:
+        slot.active = ()
     try:
-        with _restarting(self, slot.names()):
-            self._convlora_base.reset_parameters(self)
+        with _restarting(self):
+            reset(self)
     finally:
-        slot.active = active
+        for slot, active in before:
+            slot.active = active
 
 
 _UNDER_FSDP = "under FSDP the effective weight cannot be formed; shard by fully_shard (FSDP2)"
@@ -154,15 +172,19 @@ def _property(kind: str) -> property:
             slot, base = slot_of(self), base_tensor(self, kind)
             if (base is None and not slot.has_copies) or is_sharded(base):  # sharded: whole only inside FSDP2's forward
                 return base
-            value = _pruned(self, kind, base, slot.effective(base, kind, self.training))
+            value = _effective(self, kind, base, self.training)
             if _on_read is not None:
+                if (projection := _projection_of(self, kind)) is not None:
+                    _on_read(projection, PROJECTED[kind][1], value)
                 _on_read(self, kind, value)
-            if not (slot.active or slot.choices) or torch.compiler.is_compiling():
+            slots = _slots_of(self, kind)
+            if not any(slot.active or slot.choices for slot in slots) or torch.compiler.is_compiling():
                 return value
-            if computing.slot is slot:  # the layer itself
+            if slot in computing.slots:  # the layer itself
                 return value if computing.formed is None else _as_computed(self, value)
             slot._last_read[kind] = base
-            return value.clone() if slot._keeps(value) else value  # what others write into it does not act
+            # what others write into it does not act
+            return value.clone() if any(slot._keeps(value) for slot in slots) else value
         except _MissingError:
             raise
         except AttributeError as error:
@@ -186,8 +208,34 @@ def _property(kind: str) -> property:
     return property(read, write, delete, f"The effective {kind}: the base's with the active adapters.")
 
 
+def _effective(module: Any, kind: str, base: Any, training: bool = False) -> Any:
+    """A tensor of a module with what its own adapters have of it, and those of the projection that it belongs to."""
+    value = slot_of(module).effective(base, kind, training)
+    projection = _projection_of(module, kind)
+    if projection is not None and value is not None:
+        value = slot_of(projection).effective(value, PROJECTED[kind][1], training)
+    return _pruned(module, kind, base, value)
+
+
+def _projection_of(module: Any, kind: str) -> Projection | None:
+    """The child of an attention that has factors for a tensor of it."""
+    if kind not in PROJECTED:
+        return None
+    child = module._modules.get(PROJECTED[kind][0])
+    return child if isinstance(child, Projection) else None
+
+
+def _slots_of(module: Any, kind: str) -> tuple[Slot, ...]:
+    """The slots with what adapters have for a tensor of a module."""
+    projection = _projection_of(module, kind)
+    return (slot_of(module),) if projection is None else (slot_of(module), slot_of(projection))
+
+
 def base_tensor(layer: nn.Module, kind: str) -> Any:
     """A tensor without adapters: a Parameter, a buffer, or what the layer computes (weight or spectral norm)."""
+    if isinstance(layer, Projection):
+        name = layer.held_name(kind)
+        return None if name is None else base_tensor(layer.owner, name)
     if kind in layer._parameters:
         return layer._parameters[kind]
     if kind in layer._buffers:
@@ -201,9 +249,11 @@ def base_tensor(layer: nn.Module, kind: str) -> Any:
 
 
 @contextlib.contextmanager
-def without_side_effects(layer: nn.Module) -> Iterator[None]:
+def without_side_effects(layer: nn.Module, kind: str) -> Iterator[None]:
     """Look at a layer's weight without effects: in train mode, reading a spectrally normed one moves its buffers."""
-    modes = [] if "weight" in layer._parameters else [(module, module.training) for module in layer.modules()]
+    home, name = home_of(layer, kind)
+    is_held = name is None or name in home._parameters or name in home._buffers
+    modes = [] if is_held else [(module, module.training) for module in home.modules()]
     try:
         for module, _ in modes:
             module.training = False
@@ -215,7 +265,7 @@ def without_side_effects(layer: nn.Module) -> Iterator[None]:
 
 def peek_base_tensor(layer: nn.Module, kind: str) -> Any:
     """The weight or bias without adapters, looked at without effects."""
-    with without_side_effects(layer):
+    with without_side_effects(layer, kind):
         return base_tensor(layer, kind)
 
 
@@ -226,9 +276,8 @@ def effective_names(module: Any) -> tuple[str, ...]:
 
 def effective_tensor(module: nn.Module, kind: str) -> Any:
     """A tensor with the adapters that act for the caller, as in eval mode, looked at without effects."""
-    with without_side_effects(module):
-        base = base_tensor(module, kind)
-        return _pruned(module, kind, base, slot_of(module).effective(base, kind))
+    with without_side_effects(module, kind):
+        return _effective(module, kind, base_tensor(module, kind))
 
 
 def _pruned(module: nn.Module, kind: str, base: Any, value: Any) -> Any:
@@ -273,14 +322,18 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
             "_convlora_base": base,
             "_convlora_shape": shape,
         }
-        if not set(names) - {*_FACTORED}:
+        if not set(names) - {*_FACTORED, *PROJECTED}:
             del body["__setattr__"]  # FSDP2 has a quick path for modules without
         if hasattr(base, "reset_parameters"):
             body["reset_parameters"] = _reset_parameters
+        if hasattr(base, "_reset_parameters"):
+            body["_reset_parameters"] = _reset_attention
         if freezes:
             body["training"] = property(_reads_training, _writes_training)
         if base.forward in _STOCK:
             body["forward"] = _forward(base)
+        elif base.forward is nn.MultiheadAttention.forward or not PROJECTED.keys().isdisjoint(names):
+            body["forward"] = _attention_forward(base)
         elif issubclass(base, _BASES):
             body["forward"] = _own_forward(base)
         made = type(base)(  # type: ignore[misc]
@@ -295,31 +348,36 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
 def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
     """A base checkpoint that comes after `inject` reaches the copies, too, while nothing was trained."""
     slot = slot_of(self)
-    following = [*slot.copies(), *(name for name, low_rank in slot.low_ranks().items() if low_rank.needs_weight)]
-    absent = {n for n in following if not any(key.startswith(f"{prefix}{CHILD}.{n}.") for key in state_dict)}
-    with _restarting(self, absent), choosing([slot], Choice({})):  # what `assign=True` assigns is the base's
+    slots = [slot, *(slot_of(projection) for projection in projections_on(self))]
+    with _restarting(self, state_dict, prefix), choosing(slots, Choice({})):  # what `assign=True` assigns is the base's
         self._convlora_base._load_from_state_dict(self, state_dict, prefix, *rest)
     for name, copies in slot.copies().items():
-        if name in absent:
+        if not any(key.startswith(f"{prefix}{CHILD}.{name}.") for key in state_dict):
             copies.follow_base(own_tensors(self))
 
 
 @contextlib.contextmanager
-def _restarting(layer: Any, names: Container[str]) -> Iterator[None]:
-    """Factors that depend on the base weight start anew on the one that the block brings, while nothing was trained."""
+def _restarting(module: Any, keys: Iterable[str] = (), prefix: str = "") -> Iterator[None]:
+    """Factors that depend on the base weight start anew on the one that the block brings, while nothing was trained.
+
+    `keys`: of a checkpoint that comes, in which those of the module begin with `prefix`; with factors in it they go on.
+    """
+    layers = [(prefix, module), *((f"{prefix}{layer.name}.", layer) for layer in projections_on(module))]
     found = [
-        low_rank for name, low_rank in slot_of(layer).low_ranks().items() if low_rank.needs_weight and name in names
+        (base_parameter(layer, "weight"), layer, low_rank)
+        for start, layer in layers
+        for name, low_rank in slot_of(layer).low_ranks().items()
+        if low_rank.needs_weight and not any(key.startswith(f"{start}{CHILD}.{name}.") for key in keys)
     ]
-    parts = [layer._parameters.get("weight"), *(p for low_rank in found for p in low_rank.parameters())]
-    if not found or any(p is None or is_sharded(p) for p in parts):
-        yield
-        return
-    with torch.no_grad():
-        started = [low_rank for low_rank in found if parts[0].is_meta or low_rank.is_at_start(parts[0])]
+    started = []
+    for weight, layer, low_rank in found:
+        sharded = any(map(is_sharded, (weight, *low_rank.parameters())))
+        if weight is not None and not sharded and (weight.is_meta or low_rank.is_at_start(weight)):
+            started.append((layer, low_rank))
     yield
-    weight = layer._parameters["weight"]
-    for low_rank in started:
-        if not weight.is_meta and not any(p.is_meta for p in low_rank.parameters()):
+    for layer, low_rank in started:
+        weight = base_parameter(layer, "weight")
+        if weight is not None and not any(tensor.is_meta for tensor in (weight, *low_rank.parameters())):
             low_rank.reset_parameters(weight)
 
 
@@ -338,8 +396,7 @@ def _delattr(self: Any, name: str) -> None:
 
 
 def _refuse_to_replace(self: Any, kind: str, name: str, value: Any) -> None:
-    slot = slot_of(self)
-    if not slot.acting():
+    if not any(slot.acting() for slot in _slots_of(self, kind)):
         return
     if kind in self._parameters:
         present = self._parameters[kind]
@@ -347,7 +404,7 @@ def _refuse_to_replace(self: Any, kind: str, name: str, value: Any) -> None:
             return
     elif name == kind or kind in self.__dict__:
         return  # a norm is taken off, and leaves the base's value
-    elif (base := slot._last_read.get(kind)) is not None:
+    elif (base := slot_of(self)._last_read.get(kind)) is not None:
         self._parameters[kind] = base  # a norm that is put on has deleted it
     if is_managed(self):
         raise ConvLoRAError(f"{class_name(self)}.{name}: {_UNDER_FSDP}")
@@ -397,12 +454,12 @@ def _forward(base: type[nn.Module]) -> Callable[[Any, Tensor], Any]:
             if output is not None:
                 return output
         if forms_again() and not slot.merged:
-            return without_keeping(slot, lambda: plain(self, input, *more))
-        before, computing.slot = computing.slot, slot
+            return without_keeping((slot,), lambda: plain(self, input, *more))
+        before, computing.slots = computing.slots, (slot,)
         try:
             return plain(self, input, *more)
         finally:
-            computing.slot = before
+            computing.slots = before
 
     return functools.wraps(plain)(forward)
 
@@ -415,7 +472,27 @@ def _own_forward(base: type[nn.Module]) -> Callable[..., Any]:
         slot = slot_of(self)
         if torch.compiler.is_compiling() or slot.merged or not (slot.active or slot.choices) or not forms_again():
             return plain(self, *arguments, **keywords)
-        return without_keeping(slot, lambda: plain(self, *arguments, **keywords))
+        return without_keeping((slot,), lambda: plain(self, *arguments, **keywords))
+
+    return functools.wraps(plain)(forward)
+
+
+def _attention_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a module that computes with tensors of projections, and with those of an `out_proj` of its own."""
+    plain, is_stock = base.forward, base.forward is nn.MultiheadAttention.forward
+
+    def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        slot, out = slot_of(self), self._modules.get("out_proj")
+        slots = (slot, *map(slot_of, (*projections_on(self), *([out] if isinstance(out, Adapted) else []))))
+        if torch.compiler.is_compiling() or not any(slot.active or slot.choices for slot in slots):
+            return plain(self, *arguments, **keywords)
+        if forms_again() and not slot.merged:
+            return without_keeping(slots, lambda: plain(self, *arguments, **keywords))
+        before, computing.slots = computing.slots, slots if is_stock else computing.slots
+        try:
+            return plain(self, *arguments, **keywords)
+        finally:
+            computing.slots = before
 
     return functools.wraps(plain)(forward)
 
@@ -425,7 +502,7 @@ def _as_computed(layer: Any, value: Tensor) -> Tensor:
     device = value.device.type
     if device == "meta" or value.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return value
-    if layer._convlora_base.forward not in _STOCK:
+    if layer._convlora_base.forward not in (*_STOCK, nn.MultiheadAttention.forward):
         return value
     return derived(value, lambda wide: wide.to(torch.get_autocast_dtype(device)))
 
@@ -455,20 +532,13 @@ def is_stacked(layer: nn.Module) -> bool:
     return isinstance(layer, Adapted) and "_convlora_base" not in kind.__dict__
 
 
-def class_shape(entries: Iterable[AdapterTensors]) -> Shape:
-    """What the class of a module needs to have for what adapters hold of it."""
-    entries = list(entries)
-    copies = [entry for entry in entries if isinstance(entry, TensorCopies)]
-    factored = _FACTORED if len(copies) < len(entries) else ()
-    names = dict.fromkeys([*factored, *(name for entry in copies for name in entry.tensor_names())])
-    return tuple(sorted(names)), any(entry.freezes for entry in copies)
-
-
 def adapt(module: nn.Module, name: str, entry: AdapterTensors) -> None:
     """Put what an adapter has for a module, factors or copies, on it, acting at strength 1."""
-    if not isinstance(module, Adapted):
-        module._modules[CHILD] = Slot().train(module.training)
-        module.__class__ = adapted_class(type(module), class_shape([entry]))
+    _open(module)
+    if isinstance(module, Projection):  # the attention reads the effective tensors
+        _open(module.owner)
+        module.owner._modules[module.name] = module
+        _fit_class(module.owner)
     slot = slot_of(module)
     slot._modules[name] = entry.train(module.__dict__["training"])
     slot.active = (*slot.active, name)
@@ -480,18 +550,36 @@ def release(module: nn.Module, name: str) -> None:
     slot = slot_of(module)
     del slot._modules[name]
     slot.active = tuple(other for other in slot.active if other != name)
-    if slot._modules:
+    _close_or_fit(module)
+    if isinstance(module, Projection) and not slot._modules:
+        del module.owner._modules[module.name]
+        _close_or_fit(module.owner)
+
+
+def _open(module: nn.Module) -> None:
+    if not isinstance(module, Adapted):
+        module._modules[CHILD] = Slot().train(module.training)
+        module.__class__ = adapted_class(type(module), ((), False))
+
+
+def _close_or_fit(module: Any) -> None:
+    if slot_of(module)._modules or projections_on(module):
         _fit_class(module)
     else:
-        slot._fused.clear()
+        slot_of(module)._fused.clear()
         del module._modules[CHILD]
-        module.__class__ = module._convlora_base  # type: ignore[assignment]
+        module.__class__ = module._convlora_base
 
 
 def _fit_class(module: Any) -> None:
+    """Give a module the class for what adapters hold of it: a property for each tensor that they change."""
     slot = slot_of(module)
     slot._fused.clear()
     slot.has_copies = bool(slot.copies())
-    shape = class_shape(slot._modules.values())  # type: ignore[arg-type]
+    copies = slot.copies().values()
+    factored = _FACTORED if slot.low_ranks() and not isinstance(module, Projection) else ()
+    projected = (name for projection in projections_on(module) for name in projection.held_names())
+    names = {*factored, *projected, *(name for entry in copies for name in entry.tensor_names())}
+    shape = tuple(sorted(names)), any(entry.freezes for entry in copies)
     if shape != module._convlora_shape:
         module.__class__ = adapted_class(module._convlora_base, shape)

@@ -22,7 +22,7 @@ Form = Callable[[], Tensor]
 class _Computing(threading.local):
     """In whose own forward a thread is, and what that has formed so far: tensors, and how to form each again."""
 
-    slot: object = None
+    slots: Sequence[object] = ()  # of the layer, or of all whose tensors the forward computes with
     formed: list[tuple[Tensor, Form]] | None = None
 
 
@@ -31,7 +31,7 @@ computing = _Computing()
 
 def note_formed(slot: object, value: Tensor, form: Form, tensors: Sequence[Tensor]) -> None:
     """A layer's own forward has formed a tensor out of others."""
-    if computing.slot is slot and computing.formed is not None:
+    if slot in computing.slots and computing.formed is not None:
         computing.formed.append((value, _Unchanged(form, tensors)))
 
 
@@ -98,7 +98,7 @@ def keeps_for_backward() -> bool:
     )
 
 
-def without_keeping(slot: object, call: Callable[[], Any]) -> Any:
+def without_keeping(slots: Sequence[object], call: Callable[[], Any]) -> Any:
     """A layer's own forward, of which autograd keeps no tensor that was formed for it."""
     formed: list[tuple[Tensor, Form]] = []
     outer = _outer_hooks()
@@ -114,13 +114,13 @@ def without_keeping(slot: object, call: Callable[[], Any]) -> Any:
             return packed.tensor()
         return packed if outer is None else outer[1](packed)
 
-    before = computing.slot, computing.formed
-    computing.slot, computing.formed = slot, formed
+    before = computing.slots, computing.formed
+    computing.slots, computing.formed = slots, formed
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return call()
     finally:
-        computing.slot, computing.formed = before
+        computing.slots, computing.formed = before
         formed.clear()  # autograd keeps the hooks
 
 

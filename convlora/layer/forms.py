@@ -130,7 +130,7 @@ def _on_patches(layer: Any, slot: Slot, x: Tensor, weight: Tensor, low_rank: Low
         change = torch.bmm(b.expand(len(x), -1, -1), z)
         return torch.add(y, change.view_as(y), alpha=strength * low_rank.scale)
 
-    return without_keeping(slot, call) if forms_again() else call()
+    return without_keeping((slot,), call) if forms_again() else call()
 
 
 def _transposed(layer: Any, slot: Slot, x: Tensor) -> Tensor | None:
@@ -164,7 +164,7 @@ def _branches(slot: Slot, x: Tensor, update: LowRankUpdate, y: Tensor, a_layer: 
         note_formed(slot, wide, lambda: x.to(dtype), [x])
         return torch.add(y, b_layer(a_layer(wide, a.to(dtype)), b.to(dtype)), alpha=update.gain).to(y.dtype)
 
-    return without_keeping(slot, in_precision_of_factors) if forms_again() else in_precision_of_factors()
+    return without_keeping((slot,), in_precision_of_factors) if forms_again() else in_precision_of_factors()
 
 
 def _positions(layer: Any, x: Tensor) -> int:

@@ -307,7 +307,7 @@ class Slot(nn.Module):
         formed = self._fused.get(key)
         if formed is not None and formed.stands_on(base) and formed.is_of(acting) and formed.has_values():
             return formed.value
-        keeps_version = isinstance(base, nn.Parameter) and not base.is_inference()
+        keeps_version = isinstance(base, nn.Parameter) and _is_lasting(base)
         if (
             base.device.type != "cpu"
             or not keeps_version
@@ -342,7 +342,7 @@ class Slot(nn.Module):
         self, base: Tensor, kind: str, acting: Acting, copies: Sequence[tuple[TensorCopies, float]], training: bool
     ) -> Tensor:
         """The effective tensor in a differentiable call, of which backward forms it again; see again.py."""
-        if computing.slot is not self or not all(_is_repeatable(low_rank) for low_rank, _ in acting):
+        if self not in computing.slots or not all(_is_repeatable(low_rank) for low_rank, _ in acting):
             return self._compose(base, kind, acting, copies, dropout=training)
         masks = [low_rank._mask() if training and low_rank.drops() else None for low_rank, _ in acting]
         form = functools.partial(self._compose, base, kind, acting, copies, dropout=False, masks=masks)

@@ -33,6 +33,7 @@ from convlora.layer.adapted import (
 from convlora.layer.copies import TensorCopies, copied, own_tensors, statistics_names
 from convlora.layer.loading import AdapterTensors
 from convlora.layer.lowrank import LowRank
+from convlora.layer.projection import home_of
 from convlora.model.bake import plan_baking
 from convlora.model.outside import freeze_base, is_frozen, thaw_base
 from convlora.model.places import departed_modules, forget_places, record_places, vacate_place
@@ -47,7 +48,7 @@ from convlora.model.traversal import (
     unwrap_model,
 )
 from convlora.support.patterns import values_by_layer
-from convlora.targets import describe_target, select_layers, select_modules
+from convlora.targets import describe_target, named_layers, select_layers, select_modules
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -100,6 +101,10 @@ def inject(
     Each layer then computes with `W + Σ strength·scale·ΔW`; ΔW starts at zero, so the output stays bitwise what it
     was. Adapters that are there stay active. For the arguments see `AdapterConfig`; `config=` replaces them all.
 
+    The projections that `nn.MultiheadAttention` holds itself are layers, too: `attn.in_proj_weight` is the weight of
+    `attn.in_proj`, and where keys or values have another width, those of `attn.q_proj`, `attn.k_proj` and
+    `attn.v_proj`, which have no bias of their own.
+
     Raises:
         ConvLoRAError: a target selects nothing or names what cannot be adapted, the name is taken, the model is
             merged or already wrapped (DDP, FSDP). The model is unchanged then.
@@ -136,7 +141,7 @@ def inject(
     copies = plan_copies(root, config, "inject")
     layers, idle = select_layers(root, config.targets, config.exclude, "inject")  # type: ignore[arg-type]
     saved = {id(module) for module in modules_to_save_of(root, config, "inject").values()}
-    layers = {path: layer for path, layer in layers.items() if id(layer) not in saved}
+    layers = {path: layer for path, layer in layers.items() if id(home_of(layer, "weight")[0]) not in saved}
     if not layers:
         raise ConvLoRAError("inject: modules_to_save leaves no layer of those that the targets select")
     for target in idle:
@@ -294,6 +299,7 @@ def place_adapter(
 def check_adaptable(path: str, layer: nn.Module, operation: str, remedy: str = "") -> None:
     """Make the class that a layer is to get, before anything is changed: a class may refuse to be subclassed."""
     try:
+        layer, _ = home_of(layer, "weight")
         if not isinstance(layer, Adapted):
             adapted_class(type(layer))
     except Exception as error:
@@ -311,7 +317,7 @@ def named_targets(config: AdapterConfig, selected: Sequence[str], root: nn.Modul
         config = config.replace(modules_to_save=tuple(f"re:{re.escape(name)}" for name in chosen))
     if all(isinstance(target, str) for target in (*config.targets, *config.exclude)):  # type: ignore[misc]
         return config
-    names = [name for name, _ in root.named_modules(remove_duplicate=False)]
+    names = [name for name, _ in named_layers(root)]
     tails = Counter(".".join(name.split(".")[i:]) for name in names for i in range(name.count(".") + 1))
     exact = [
         name if tails[name] == 1 and not any(c in name for c in "*?[") and not name.startswith("re:")
@@ -358,7 +364,7 @@ def remove(model: M, name: str | None = None, *, norms: str = "bake") -> M:
     going = {module: [n for n in slot_of(module).names() if name in (None, n)] for module in modules}
     if merged and name is not None and len(adapters(root)) > 1:
         raise ConvLoRAError(f"remove: {name!r} is one of several merged adapters; unmerge first")
-    bake = plan_baking(root, [module for module in merged if going[module]], norms)
+    bake = plan_baking(root, merged, norms)  # of all of its adapters, or it would have been refused
     for module, names in going.items():
         for n in names:
             vacate_place(slot_of(module).entry(n))
@@ -366,7 +372,7 @@ def remove(model: M, name: str | None = None, *, norms: str = "bake") -> M:
     forget_places(root, name)
     for step in bake:
         step()
-    thaw_base(root, [module for module, names in going.items() if names and not isinstance(module, Adapted)])
+    thaw_base(root, [module for module in modules if not isinstance(module, Adapted)])
     return model
 
 

@@ -22,7 +22,6 @@ from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
 from convlora.factors.base import WeightSpec, get_factors, needs_weight
 from convlora.factors.fuse import is_finite
 from convlora.layer.adapted import (
-    CHILD,
     Adapted,
     effective_names,
     effective_tensor,
@@ -47,7 +46,7 @@ from convlora.model.places import departed_modules, shown_names, warn_of_departe
 from convlora.model.switch import Names, using
 from convlora.model.traversal import (
     adapted_modules,
-    adapted_paths,
+    brought_paths,
     only_adapter_name,
     refuse_sharded,
     refuse_stacked,
@@ -55,7 +54,7 @@ from convlora.model.traversal import (
     unwrap_model,
 )
 from convlora.support.patterns import nearest_names
-from convlora.targets import is_part_of_adapter
+from convlora.targets import is_part_of_adapter, named_layers
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -288,7 +287,7 @@ class _Match(NamedTuple):
 
 def _best_match(root: nn.Module, loaded: Adapter, swap: str | None, prefix: str) -> _Match:
     """By its own names, or by those that exactly one prefix, or the given one, makes fit. `swap`: see `_match`."""
-    known = {p: m for p, m in root.named_modules(remove_duplicate=False) if not is_part_of_adapter(p)}
+    known = {p: m for p, m in named_layers(root) if not is_part_of_adapter(p)}
 
     def match(adapter: Adapter, swap: str | None = None) -> _Match:
         layers, problems = _match(known, adapter, swap)
@@ -454,7 +453,7 @@ def merged_state_dict(model: nn.Module, names: Names | None = None) -> dict[str,
     root = require_adapters(model, "merged_state_dict")
     refuse_sharded(root, "merged_state_dict")
     refuse_stacked(root, "merged_state_dict")
-    brought = {tensor_key(path, CHILD) for path in adapted_paths(root)}
+    brought = set(brought_paths(root))
     state = root.state_dict()
     kept = OrderedDict((key, v) for key, v in state.items() if not _is_below(key, brought))
     metadata = getattr(state, "_metadata", {})
@@ -481,9 +480,9 @@ def merged_state_dict(model: nn.Module, names: Names | None = None) -> dict[str,
 
 
 def _is_below(name: str, paths: Container[str]) -> bool:
-    """Whether a dotted name lies below one of some paths that end in the child of adapters."""
+    """Whether a dotted name lies below one of some paths."""
     parts = name.split(".")
-    return any(part == CHILD and ".".join(parts[: i + 1]) in paths for i, part in enumerate(parts[:-1]))
+    return any(".".join(parts[:end]) in paths for end in range(1, len(parts)))
 
 
 def _warn_of_lost(model: nn.Module, name: str | None, operation: str) -> None:

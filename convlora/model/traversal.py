@@ -12,9 +12,11 @@ from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
 from convlora.factors.base import WeightSpec
 from convlora.layer.adapted import Adapted, is_stacked, slot_of, weight_spec, why_not
+from convlora.layer.projection import Projection, projections_on
 from convlora.layer.sharded import is_managed, is_sharded
 from convlora.layer.slot import Slot
 from convlora.model.places import departed_modules, shown_names
+from convlora.targets import named_layers
 
 
 def unwrap_model(model: Any, operation: str) -> nn.Module:
@@ -40,9 +42,10 @@ def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
-def adapted_paths(model: nn.Module) -> list[str]:
-    """The names of all modules with adapters; several for one that is registered several times."""
-    return [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Adapted)]
+def brought_paths(model: nn.Module) -> list[str]:
+    """The names of all modules that adapters have brought; several for one that is registered several times."""
+    every = model.named_modules(remove_duplicate=False)
+    return [name for name, m in every if isinstance(m, Slot | Projection)]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -62,7 +65,8 @@ def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         found.append((name, module))
         inner = [(key, child) for key, child in module._modules.items() if child is not None]
         if isinstance(module, Adapted):
-            inner = [(key, child) for key, child in inner if child is not slot_of(module)]
+            brought = {slot_of(module), *projections_on(module)}
+            inner = [(key, child) for key, child in inner if child not in brought]
         ahead += [(f"{name}.{key}" if name else key, child) for key, child in reversed(inner)]
     return found
 
@@ -183,5 +187,5 @@ def specs_of(model: nn.Module) -> dict[str, WeightSpec]:
         >>> specs_of(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU()))
         {'0': WeightSpec(shape=(8, 2, 3, 3), groups=2, transposed=False)}
     """
-    named = unwrap_model(model, "specs_of").named_modules()
-    return {path: weight_spec(layer) for path, layer in named if why_not(layer) is None}
+    first = {layer: path for path, layer in reversed(list(named_layers(unwrap_model(model, "specs_of"))))}
+    return {path: weight_spec(layer) for layer, path in reversed(first.items()) if why_not(layer) is None}

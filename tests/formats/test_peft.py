@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -491,3 +492,150 @@ def test_formats_without_copies_refuse_them(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ConvLoRAError, match="holds no copies of modules"):
         formats.write(convlora.adapter(model), tmp_path / "rain.safetensors", kind)
     assert not list(tmp_path.iterdir())
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    """An attention that holds its input projection itself, and a Linear."""
+
+    def __init__(self, bias: bool = True, **options: Any) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2, bias=bias, batch_first=True, **options)
+        self.mlp = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.attn(x, x, x, need_weights=False)[0])  # type: ignore[no-any-return]
+
+
+class Deep(nn.Module):
+    """Two of them in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Attending(), Attending(bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)  # type: ignore[no-any-return]
+
+
+TOKENS = (2, 5, 16)
+ATTENTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "plain": (Attending, {}),
+    "with others": (Attending, {"target_modules": ["attn", "mlp"]}),
+    "without bias": (lambda: Attending(bias=False), {}),
+    "rslora": (Attending, {"use_rslora": True}),
+    "lora_bias": (Attending, {"lora_bias": True, "target_modules": ["attn", "mlp"]}),
+    "patterns": (
+        Deep,
+        {"rank_pattern": {r"blocks\.0\.attn": 3, "mlp": 1}, "alpha_pattern": {"^blocks.1.attn": 5},
+         "target_modules": ["attn", "mlp"]},
+    ),
+}  # fmt: skip
+
+
+def attending(make: Any) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return make().eval(), torch.randn(TOKENS)
+
+
+@pytest.mark.parametrize("case", ATTENTIONS)
+def test_an_attention_of_peft_gives_its_output(case: str, tmp_path: Path, peft: Any) -> None:
+    make, options = ATTENTIONS[case]
+    base, x = attending(make)
+    model = peft_model(peft, base, **{"target_modules": ["attn"], **options})
+    loaded = formats.read(save(model, tmp_path), layers=formats.specs_of(base))
+    places = {p: spec for p, spec in formats.specs_of(base).items() if "attn" in p or "mlp" in str(options)}
+    assert {p: layer.spec for p, layer in loaded.layers.items()} == places
+    assert all(layer.spec.in_parent == path.endswith("in_proj") for path, layer in loaded.layers.items())
+    with torch.no_grad():
+        expected = model(x)
+        assert distance(expected, base(x)) > 0.1
+        assert distance(nets.output(base, loaded, x), expected) < 2e-6
+        assert distance(nets.output(base, loaded, x), model.merge_and_unload()(x)) < 2e-6
+
+
+@pytest.mark.parametrize("case", ["plain", "with others", "patterns"])
+def test_an_attention_of_peft_comes_back_to_it_bitwise(case: str, tmp_path: Path, peft: Any) -> None:
+    make, options = ATTENTIONS[case]
+    base, x = attending(make)
+    model = peft_model(peft, base, **{"target_modules": ["attn"], **options})
+    formats.write(formats.read(save(model, tmp_path / "theirs")), tmp_path / "ours", "peft")
+    theirs, ours = (load_file(tmp_path / place / peft_format.WEIGHTS) for place in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
+    with torch.no_grad():
+        assert distance(from_pretrained(peft, copy.deepcopy(base), tmp_path / "ours").eval()(x), model(x)) < 2e-6
+
+
+@pytest.mark.parametrize("load", [from_pretrained, inject])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"factors": "convlora", "rank_scaling": "sqrt", "alpha": 3.0},
+        {"ranks": {"out_proj": 4}, "alphas": {"out_proj": 7.0}},
+        {"ranks": {"in_proj": 3}, "alphas": {"in_proj": 0.5, "mlp": 2.0}},
+        {"targets": "in_proj"},
+        {"targets": ["out_proj", "mlp"]},
+        {"alphas": {"in_proj": 0.0}},
+    ],
+    ids=["one rank", "rslora", "more rank outside", "more rank inside", "inside alone", "outside alone", "alpha 0"],
+)
+def test_attentions_that_are_written_give_their_output_in_peft(
+    options: dict[str, Any], load: Any, tmp_path: Path, peft: Any
+) -> None:
+    base, x = attending(Attending)
+    adapter = nets.adapter(base, **options)
+    formats.write(adapter, tmp_path, "peft", base=base.state_dict())
+    model = load(peft, copy.deepcopy(base), tmp_path).eval()
+    with torch.no_grad():
+        expected = model(x)
+    assert distance(nets.output(base, adapter, x), expected) < 2e-6
+    again = formats.read(tmp_path, layers=formats.specs_of(base))
+    assert distance(nets.output(base, again, x), expected) < 2e-6
+
+
+def test_biases_of_an_attention_s_output_travel_to_peft(tmp_path: Path, peft: Any) -> None:
+    base, x = attending(Attending)
+    adapter = nets.adapter(base, targets=["out_proj", "mlp"], bias=True)
+    formats.write(adapter, tmp_path, "peft", base=base.state_dict())
+    with torch.no_grad():
+        expected = from_pretrained(peft, copy.deepcopy(base), tmp_path).eval()(x)
+    assert distance(nets.output(base, adapter, x), expected) < 2e-6
+
+
+ATTENTIONS_REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "separate": (lambda: Attending(kdim=8, vdim=8), {}, "'attn.q_proj' is a projection of an attention with separate"),
+    "bias": (Attending, {"bias": True}, "'attn.in_proj' has a bias delta, which PEFT leaves out"),
+    "root": (lambda: nn.MultiheadAttention(16, 2), {"targets": "in_proj"}, "'in_proj' is of the model itself"),
+}
+
+
+@pytest.mark.parametrize("case", ATTENTIONS_REFUSED)
+def test_attentions_that_peft_cannot_express_are_not_written(case: str, tmp_path: Path) -> None:
+    make, options, message = ATTENTIONS_REFUSED[case]
+    with pytest.raises(ConvLoRAError, match=message):
+        formats.write(nets.adapter(make(), **options), tmp_path / "rain", "peft")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_linear_that_is_called_as_a_projection_stays_one(tmp_path: Path, peft: Any) -> None:
+    base = nn.Sequential(OrderedDict(in_proj=nn.Linear(16, 48), act=nn.SiLU(), out_proj=nn.Linear(48, 16))).eval()
+    adapter, x = nets.adapter(nn.Sequential(OrderedDict(mixer=base))), torch.randn(TOKENS)
+    formats.write(adapter, tmp_path, "peft")
+    model = from_pretrained(peft, nn.Sequential(OrderedDict(mixer=copy.deepcopy(base))), tmp_path).eval()
+    with torch.no_grad():
+        assert distance(nets.output(nn.Sequential(OrderedDict(mixer=base)), adapter, x), model(x)) < 1e-6
+
+
+def test_an_attention_beside_a_layer_of_its_name_is_refused(tmp_path: Path) -> None:
+    base, _ = attending(Attending)
+    formats.write(nets.adapter(base), tmp_path, "peft")
+    tensors = load_file(tmp_path / peft_format.WEIGHTS)
+    for name in [name for name in tensors if ".base_layer." in name]:
+        tensors[name.replace(".base_layer.", ".")] = tensors[name].clone()
+    save_file(tensors, tmp_path / peft_format.WEIGHTS)
+    with pytest.raises(ConvLoRAError, match=r"'attn.out_proj' has factors of its own and, of 'attn"):
+        formats.read(tmp_path)

@@ -177,6 +177,22 @@ def test_a_base_that_comes_after_inject_is_started_on_and_one_after_training_is_
     assert all(torch.equal(p, q) for p, q in zip(convlora.parameters(model), trained, strict=True))
 
 
+def test_projections_of_attention_are_started_on_their_base_too() -> None:
+    first, other = (nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+    x = torch.randn(2, 5, 8)
+    before = first(x, x, x)[0]
+    model = convlora.inject(copy.deepcopy(first), "in_proj", rank=2, factors="dora")
+    assert torch.equal(model(x, x, x)[0], before)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(x, x, x)[0], other(x, x, x)[0])
+    adapted = randomise(model)(x, x, x)[0]
+    assert not torch.allclose(adapted, other(x, x, x)[0], atol=1e-2)
+    fresh = copy.deepcopy(other)
+    fresh.load_state_dict(convlora.adapter(model).apply_to(other.state_dict()))
+    assert torch.equal(fresh(x, x, x)[0], adapted)
+    assert torch.equal(convlora.load(copy.deepcopy(other), convlora.adapter(model))(x, x, x)[0], adapted)
+
+
 def test_a_meta_model_starts_once_its_base_has_values() -> None:
     base = net().eval()
     with torch.device("meta"):
