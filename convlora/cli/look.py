@@ -16,7 +16,7 @@ from convlora.adapter.adapter import Adapter
 from convlora.adapter.algebra import dense_delta
 from convlora.adapter.checkpoint import plan_merge
 from convlora.adapter.naming import other_prefixes
-from convlora.adapter.parts import BIAS_DELTA, LayerFactors, refuse_weight, tensor_key
+from convlora.adapter.parts import BIAS_DELTA, LayerFactors, base_key, refuse_weight, tensor_key
 from convlora.cli.architecture import recognise_architecture
 from convlora.cli.console import emit, progress
 from convlora.cli.inputs import describe_match, fit_to_base, match_base, read_adapter, read_base, size_in_bytes
@@ -310,10 +310,11 @@ def _weight(adapter: Adapter, path: str, checkpoint: Checkpoint | None) -> Tenso
     """The base weight of a layer, where its ΔW depends on it and it is known."""
     if checkpoint is None or not needs_weight(get_factors(adapter.config.factors)):
         return None
-    weight = checkpoint.state.get(tensor_key(path, "weight"))
-    if not isinstance(weight, Tensor) or tuple(weight.shape) != adapter.layers[path].spec.shape:
-        shape = adapter.layers[path].spec.shape
-        raise ConvLoRAError(f"--base: it has no '{tensor_key(path, 'weight')}' of shape {shape}, on which ΔW depends")
+    spec = adapter.layers[path].spec
+    name = base_key(path, "weight", checkpoint.state, spec)
+    weight = checkpoint.state.get(name)
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != spec.shape:
+        raise ConvLoRAError(f"--base: it has no '{name}' of shape {spec.shape}, on which ΔW depends")
     return weight
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,7 @@ from convlora.layer.context import Choice, choosing
 from convlora.layer.copies import own_tensors
 from convlora.layer.forms import training_form_of
 from convlora.layer.loading import AdapterTensors
-from convlora.layer.projection import PROJECTED, Projection, home_of, projections_on
+from convlora.layer.projection import PROJECTED, Projection, base_parameter, home_of, projections_on
 from convlora.layer.sharded import is_managed, is_shard_root, is_sharded
 from convlora.layer.slot import Slot
 
@@ -152,7 +152,7 @@ def _reset_base(self: Any, reset: Callable[[Any], None]) -> None:
     for slot, _ in before:
         slot.active = ()
     try:
-        with _restarting(self, slot_of(self).names()):
+        with _restarting(self):
             reset(self)
     finally:
         for slot, active in before:
@@ -348,32 +348,36 @@ def adapted_class(base: type[nn.Module], shape: Shape = (_FACTORED, False)) -> t
 def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
     """A base checkpoint that comes after `inject` reaches the copies, too, while nothing was trained."""
     slot = slot_of(self)
-    following = [*slot.copies(), *(name for name, low_rank in slot.low_ranks().items() if low_rank.needs_weight)]
-    absent = {n for n in following if not any(key.startswith(f"{prefix}{CHILD}.{n}.") for key in state_dict)}
     slots = [slot, *(slot_of(projection) for projection in projections_on(self))]
-    with _restarting(self, absent), choosing(slots, Choice({})):  # what `assign=True` assigns is the base's
+    with _restarting(self, state_dict, prefix), choosing(slots, Choice({})):  # what `assign=True` assigns is the base's
         self._convlora_base._load_from_state_dict(self, state_dict, prefix, *rest)
     for name, copies in slot.copies().items():
-        if name in absent:
+        if not any(key.startswith(f"{prefix}{CHILD}.{name}.") for key in state_dict):
             copies.follow_base(own_tensors(self))
 
 
 @contextlib.contextmanager
-def _restarting(layer: Any, names: Container[str]) -> Iterator[None]:
-    """Factors that depend on the base weight start anew on the one that the block brings, while nothing was trained."""
+def _restarting(module: Any, keys: Iterable[str] = (), prefix: str = "") -> Iterator[None]:
+    """Factors that depend on the base weight start anew on the one that the block brings, while nothing was trained.
+
+    `keys`: of a checkpoint that comes, in which those of the module begin with `prefix`; with factors in it they go on.
+    """
+    layers = [(prefix, module), *((f"{prefix}{layer.name}.", layer) for layer in projections_on(module))]
     found = [
-        low_rank for name, low_rank in slot_of(layer).low_ranks().items() if low_rank.needs_weight and name in names
+        (base_parameter(layer, "weight"), layer, low_rank)
+        for start, layer in layers
+        for name, low_rank in slot_of(layer).low_ranks().items()
+        if low_rank.needs_weight and not any(key.startswith(f"{start}{CHILD}.{name}.") for key in keys)
     ]
-    parts = [layer._parameters.get("weight"), *(p for low_rank in found for p in low_rank.parameters())]
-    if not found or any(p is None or is_sharded(p) for p in parts):
-        yield
-        return
-    with torch.no_grad():
-        started = [low_rank for low_rank in found if parts[0].is_meta or low_rank.is_at_start(parts[0])]
+    started = []
+    for weight, layer, low_rank in found:
+        sharded = any(map(is_sharded, (weight, *low_rank.parameters())))
+        if weight is not None and not sharded and (weight.is_meta or low_rank.is_at_start(weight)):
+            started.append((layer, low_rank))
     yield
-    weight = layer._parameters["weight"]
-    for low_rank in started:
-        if not weight.is_meta and not any(p.is_meta for p in low_rank.parameters()):
+    for layer, low_rank in started:
+        weight = base_parameter(layer, "weight")
+        if weight is not None and not any(tensor.is_meta for tensor in (weight, *low_rank.parameters())):
             low_rank.reset_parameters(weight)
 
 

@@ -110,7 +110,8 @@ class LowRank(AdapterTensors):
 
     def is_at_start(self, base: Tensor) -> bool:
         """Whether factors that depend on a base weight change nothing yet, or have not started for want of one."""
-        change = self(dropout=False, strength=1.0, base=base)
+        with torch.no_grad():
+            change = self(dropout=False, strength=1.0, base=base)
         return not bool(change.any()) or bool(change.isnan().any())
 
     def copy_(self, factors: Mapping[str, Tensor]) -> None:

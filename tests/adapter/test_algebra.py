@@ -428,6 +428,51 @@ def test_extract_reads_mixed_precision() -> None:
     assert {t.dtype for layer in adapter.layers.values() for t in layer.tensors.values()} == {torch.float32}
 
 
+# --- products and whole tensors --------------------------------------------------------------------------------------
+
+OTHERS = ("loha", "lokr", "dense")
+
+
+@pytest.mark.parametrize("target", [*PRODUCTS, "dense"])
+@pytest.mark.parametrize("factors", OTHERS)
+def test_the_update_of_every_factorization_that_sees_no_weight_is_had_in_others(factors: str, target: str) -> None:
+    adapter = make(factors, {"a": 2, "b": 1, "d": 2}, alpha=3, bias=True)
+    other = adapter.refactor(target)
+    for path, layer in adapter.layers.items():
+        torch.testing.assert_close(dense(other, path), dense(adapter, path), rtol=1e-9, atol=1e-9)
+        assert torch.equal(other.layers[path].tensors["lora_bias"], layer.tensors["lora_bias"])
+
+
+@pytest.mark.parametrize("factors", OTHERS)
+def test_a_rank_that_counts_nothing_is_not_cut(factors: str) -> None:
+    adapter = make(factors, {"a": 2})
+    with pytest.raises(convlora.ConvLoRAError, match=rf"resize: the rank of '{factors}' factors counts no components"):
+        adapter.resize(rank=1)
+    assert adapter.refactor("locon", rank=1).layers["a"].rank == 1
+    if factors != "dense":
+        with pytest.raises(convlora.ConvLoRAError, match="'join', or bring the adapter to 'locon' by refactor"):
+            Adapter.combine([adapter, adapter], [0.5, 0.5])
+        with pytest.raises(convlora.ConvLoRAError, match="give its class a method 'fit'"):
+            Adapter.extract(*_pair(), rank=1, factors=factors)
+
+
+@given(numbers, numbers)
+def test_whole_updates_add_up_exactly(v: float, w: float) -> None:
+    one, two = make("dense", {"a": 1, "b": 4}, alpha=2, bias=True), make("dense", {"b": 2, "d": 1}, scaling="sqrt")
+    both = Adapter.combine([one, two], [v, w])
+    for path in ("a", "b", "d"):
+        torch.testing.assert_close(dense(both, path), v * dense(one, path) + w * dense(two, path))
+
+
+def test_a_whole_update_is_extracted_without_loss() -> None:
+    base, tuned = _pair()
+    adapter = Adapter.extract(base, tuned, energy=1, factors="dense")
+    applied = adapter.apply_to(base)
+    assert set(adapter.errors.values()) == {0.0}
+    for name, value in tuned.items():
+        torch.testing.assert_close(applied[name], value, rtol=1e-14, atol=1e-14)
+
+
 # --- factorizations of users -----------------------------------------------------------------------------------------
 
 

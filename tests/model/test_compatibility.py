@@ -61,8 +61,9 @@ def test_compiles_as_one_graph(factors: str, state: str) -> None:
             torch.testing.assert_close(mine, p.grad)
 
 
-def test_compiles_with_inductor() -> None:
-    model = adapted_net().eval()
+@pytest.mark.parametrize("factors", ["convlora", "dora", "loha", "lokr"])
+def test_compiles_with_inductor(factors: str) -> None:
+    model = adapted_net(factors=factors).eval()
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x()), model(x()), rtol=1e-4, atol=1e-4)
 
 
