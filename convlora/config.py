@@ -57,7 +57,7 @@ class AdapterConfig:
             a layer that `targets` do not select.
         alphas: `{pattern: alpha}` per layer, likewise.
         rank_scaling: `"linear"` or `"sqrt"`.
-        init: how the factors start; `"default"` is Kaiming-uniform A and zero B, where there are such; ΔW = 0 in any case.
+        init: how the factors start, with ΔW = 0; `"default"` is Kaiming-uniform A and zero B, where there are such.
         bias: also train a delta of the bias, in every selected layer that has one.
         rank_dropout: probability, in [0, 1), that training drops a rank component; the rest is scaled up.
         modules_to_save: modules, with all below them, that are trained in full: the adapter has its own copy of their
