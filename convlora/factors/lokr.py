@@ -52,8 +52,11 @@ class LoKrFactors:
     def delta(self, factors: Mapping[str, Tensor], spec: WeightSpec) -> Tensor:
         w1, w2 = factors["lokr_w1"], factors.get("lokr_w2")
         if w2 is None:
-            w2 = (factors["lokr_w2_a"] @ factors["lokr_w2_b"]).view(len(factors["lokr_w2_a"]), -1, *spec.kernel)
-        return torch.kron(w1.view(*w1.shape, *[1] * len(spec.kernel)), w2)
+            w2 = (factors["lokr_w2_a"] @ factors["lokr_w2_b"]).view(factors["lokr_w2_a"].shape[0], -1, *spec.kernel)
+        # torch.kron, which exporters do not know: every element of w1 times all of w2
+        (a, c), (b, d, *kernel) = w1.shape, w2.shape
+        blocks = w1.view(a, 1, c, 1, *[1] * len(kernel)) * w2.view(1, b, 1, d, *kernel)
+        return blocks.view(a * b, c * d, *kernel)
 
     def pad(self, factors: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
         w2 = {name: torch.cat([factors[name], more[name]], dim) for dim, name in ((1, "lokr_w2_a"), (0, "lokr_w2_b"))}

@@ -162,8 +162,9 @@ def test_exports(factors: str, state: str) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_traces_and_reloads(state: str, tmp_path: object) -> None:
-    model = STATES[state](adapted_net(bias=True).eval())
+@pytest.mark.parametrize("factors", FACTORS)
+def test_traces_and_reloads(factors: str, state: str, tmp_path: object) -> None:
+    model = STATES[state](adapted_net(factors=factors, bias=True).eval())
     with torch.no_grad():
         traced = torch.jit.trace(model, (x(),))
     traced.save(f"{tmp_path}/traced.pt")
