@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import RESULTS, Section, machine, now, versions, write_results
+from common import RESULTS, Section, facts_of_run, write_results
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
@@ -187,8 +187,7 @@ def measure() -> Section:
 def main(out: Annotated[Path, typer.Option(help="JSON file of the results.")] = RESULTS / "travels.json") -> None:
     """Train, save and load with each library; see what has travelled."""
     torch.set_num_threads(1)
-    facts = {"date": now(), "machine": machine()}
-    facts["versions"] = versions(["torch", "torchvision", "convlora", "peft", "lycoris-lora"])
+    facts = facts_of_run("torch", "torchvision", "convlora", "peft", "lycoris-lora")
     section = measure()
     section.show()
     write_results(out, "python benchmarks/travels.py", facts, [section])

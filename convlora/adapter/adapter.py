@@ -16,6 +16,7 @@ from convlora.adapter.checkpoint import apply_adapters, extract_adapter
 from convlora.adapter.file import read_adapter, write_adapter
 from convlora.adapter.naming import Names, rename_layers
 from convlora.adapter.parts import AdapterParts, layer_delta, refuse_weight
+from convlora.adapter.sparse import METHODS, combine_sparse
 from convlora.adapter.training import adapter_from_state_dict
 from convlora.config import AdapterConfig, Strength
 from convlora.errors import ConvLoRAError
@@ -210,7 +211,14 @@ class Adapter(AdapterParts):
     # --- algebra: each gives a new adapter; the mathematics is in algebra.py and checkpoint.py
 
     @staticmethod
-    def combine(adapters: Sequence[Adapter], weights: Sequence[Strength]) -> Adapter:
+    def combine(
+        adapters: Sequence[Adapter],
+        weights: Sequence[Strength],
+        *,
+        method: str = "sum",
+        density: float | None = None,
+        seed: int = 0,
+    ) -> Adapter:
         """The weighted sum of adapters: `ΔW = Σ weight · ΔWᵢ` in every layer that any of them has.
 
         Exact, but for one rounding of each factor; ranks add up, and the scale becomes 1. Layers, ranks, alphas and
@@ -218,8 +226,20 @@ class Adapter(AdapterParts):
         Copies of modules are averaged, so the weights of the adapters that have one must sum to 1. A weight may be
         `{pattern: weight}` by layer, as a strength for `convlora.activate`.
 
+        Args:
+            adapters: one or more.
+            weights: one for each.
+            method: "sum"; or one that keeps a part of each adapter's update, taken over all its layers together, and
+                gives `"dense"` factors, which `refactor("locon", rank=…)` makes low-rank again and says the error of:
+                "magnitude", the largest elements, summed; "dare", random ones, divided by the density and summed (Yu et
+                al. 2024, arXiv 2311.03099, equation 1); "ties", the largest elements, of which those with the elected
+                sign are averaged, so a weight is the paper's λ (Yadav et al. 2023, arXiv 2306.01708, algorithm 1).
+            density: the share that such a method keeps, in (0, 1].
+            seed: of "dare".
+
         Raises:
-            ConvLoRAError: the factorizations differ, or one layer has weights of different shapes.
+            ConvLoRAError: the factorizations differ (for "sum"), one layer has weights of different shapes, or an
+                update depends on the weight that it changes (dora).
 
         Example:
             >>> import torch, convlora
@@ -229,6 +249,13 @@ class Adapter(AdapterParts):
             4
         """
 
+        adapters, weights = algebra.check_combined(adapters, weights)
+        if method not in METHODS:
+            raise ConvLoRAError(f"Adapter.combine: method (={method!r}) must be one of {', '.join(METHODS)}")
+        if method != "sum":
+            return combine_sparse(adapters, weights, method, density, seed)
+        if density is not None:
+            raise ConvLoRAError("Adapter.combine: density is of the methods that keep a part; 'sum' keeps all")
         return algebra.combine(adapters, weights)
 
     def resize(self, *, rank: int | None = None, energy: float | None = None) -> Adapter:

@@ -118,13 +118,21 @@ def _commonest(values: Sequence[T]) -> T:
     return Counter(values).most_common(1)[0][0]
 
 
-def combine(adapters: Sequence[A], weights: Sequence[Strength]) -> A:
-    """See `Adapter.combine`."""
+def check_combined(adapters: Sequence[A], weights: Sequence[Strength]) -> tuple[list[A], list[Strength]]:
+    """
+    Raises:
+        ConvLoRAError: no adapters, or not a number for each.
+    """
     adapters, weights = list(adapters), list(weights)
     if not adapters or not all(isinstance(adapter, AdapterParts) for adapter in adapters):
         raise ConvLoRAError("Adapter.combine: give a list of one or more adapters")
     if len(weights) != len(adapters) or not all(is_number(w) or isinstance(w, Mapping) for w in weights):
         raise ConvLoRAError(f"Adapter.combine: weights (={weights}) must be {len(adapters)} finite numbers")
+    return adapters, weights
+
+
+def combine(adapters: Sequence[A], weights: Sequence[Strength]) -> A:
+    """See `Adapter.combine`."""
     by_layer = [strengths_of(a, w, "Adapter.combine", "weight") for a, w in zip(adapters, weights, strict=True)]
     kinds = sorted({adapter.config.factors for adapter in adapters})
     if len(kinds) > 1:
@@ -138,7 +146,7 @@ def combine(adapters: Sequence[A], weights: Sequence[Strength]) -> A:
         path: _sum(
             factorization, [(adapters[i].config, layer, by_layer[i][own]) for i, (own, layer) in summands.items()]
         )
-        for path, summands in _by_layer(adapters).items()
+        for path, summands in layers_of_all(adapters).items()
     }
     first = adapters[0]
     same_base = all(a.fingerprint == first.fingerprint and set(a.layers) == set(first.layers) for a in adapters)
@@ -147,11 +155,13 @@ def combine(adapters: Sequence[A], weights: Sequence[Strength]) -> A:
         first.config.replace(rank_scaling="linear"),
         layers,
         fingerprint=first.fingerprint if same_base else None,
-        modules=_averaged(adapters, by_layer),
+        modules=averaged_copies(adapters, by_layer),
     )
 
 
-def _averaged(adapters: Sequence[AdapterParts], weights: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Tensor]]:
+def averaged_copies(
+    adapters: Sequence[AdapterParts], weights: Sequence[Mapping[str, float]]
+) -> dict[str, dict[str, Tensor]]:
     """`base + Σ weight·(copy − base)` of each copied tensor, which needs no base where the weights sum to 1."""
     problems = Problems()
     averaged: dict[str, dict[str, Tensor]] = {}
@@ -177,7 +187,7 @@ def _averaged(adapters: Sequence[AdapterParts], weights: Sequence[Mapping[str, f
     return averaged
 
 
-def _by_layer(adapters: Sequence[AdapterParts]) -> dict[str, dict[int, tuple[str, LayerFactors]]]:
+def layers_of_all(adapters: Sequence[AdapterParts]) -> dict[str, dict[int, tuple[str, LayerFactors]]]:
     """Layer path -> number of the adapter -> its own path and factors; a module of several paths is one layer."""
     problems = Problems()
     first_name: dict[str, str] = {}

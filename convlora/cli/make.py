@@ -38,6 +38,7 @@ from convlora.cli.options import (
     Force,
     Form,
     Json,
+    Method,
     Name,
     Network,
     Out,
@@ -207,6 +208,9 @@ def combine(
         ),
     ] = None,
     factors: Annotated[Form | None, typer.Option("--factors", help="Bring all to this factorization first.")] = None,
+    method: Annotated[Method, typer.Option(help="The sum, or one that keeps a part of each update.")] = "sum",
+    density: Annotated[float | None, typer.Option(help="The share of each update that is kept, in (0, 1].")] = None,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
     name: Name = None,
     base: BaseOption = None,
     part: Part = None,
@@ -217,7 +221,8 @@ def combine(
 ) -> None:
     """Make one adapter of several.
 
-    It is the weighted sum of their ΔW. Exact; ranks add up, and `resize` lowers them.
+    It is the weighted sum of their ΔW. Exact; ranks add up, and `resize` lowers them. The other methods give whole
+    differences, which `convert --factors locon` makes low-rank again.
 
     \b
     Example:
@@ -231,11 +236,12 @@ def combine(
         with progress("refactoring"):
             loaded = [adapter.refactor(factors) for adapter in loaded]
     kinds = {adapter.config.factors for adapter in loaded}
-    if len(kinds) > 1:
+    if len(kinds) > 1 and method == "sum":
         raise ConvLoRAError(
             f"combine: the factorizations differ ({', '.join(sorted(kinds))}); --factors brings all to one"
         )
-    _write(Adapter.combine(loaded, weights), out, as_json)
+    combined = Adapter.combine(loaded, weights, method=method, density=density, seed=seed)
+    _write(combined, out, as_json)
 
 
 def convert(

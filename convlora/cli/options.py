@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 Form = Literal["convlora", "locon", "dense"]
+Method = Literal["sum", "magnitude", "dare", "ties"]
 
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint: .safetensors, or .pth and its like.")]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Adapter of any format.")]

@@ -773,3 +773,14 @@ def test_the_entry_point_is_this_app() -> None:
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
     assert settings["options.entry_points"]["console_scripts"].strip() == f"convlora = {main.__module__}:main"
+
+
+def test_combine_by_a_sparse_method_equals_the_library(folder: Path) -> None:
+    command = ("combine", "rain.safetensors", "peft", "-o", "out.safetensors")
+    out(*command, "--method", "ties", "--density", "0.3")
+    parts = [Adapter.read("rain.safetensors"), formats.read("peft")]
+    expected = Adapter.combine(parts, [1, 1], method="ties", density=0.3)
+    written = Adapter.read("out.safetensors")
+    assert written.config.factors == "dense"
+    assert all(torch.equal(written.delta(path), expected.delta(path)) for path in expected.layers)
+    assert "density (=None)" in fails(*command, "--method", "dare", "--force")
