@@ -49,6 +49,7 @@ CASES = {  # row of the table -> cases of test_peers.py
     "`Conv3d` of 1×1×3": ["Conv3d (1, 1, 3)"],
     "kernels of 1×5": ["kernel (1, 5)"],
     "`ConvTranspose2d`": ["ConvTranspose2d"],
+    "a convolution with a forward of its own": ["own forward"],
 }
 
 
@@ -110,11 +111,10 @@ def test_lycoris_and_loralib_do_what_the_table_says(row: str) -> None:
 
 
 def test_the_table_says_of_peft_what_its_tests_show() -> None:
-    rows = {**CASES, "a convolution with a forward of its own": ["own forward"]}
     shown = {
         **dict.fromkeys(PEFT_RAISES, "error"),
         **dict.fromkeys(PEFT_WRONG, "wrong"),
         **dict.fromkeys(PEFT_RIGHT, "yes"),
     }
-    for row, cases in rows.items():
+    for row, cases in CASES.items():
         assert cells(row)[:2] == ["yes", *{shown[case] for case in cases}], row
