@@ -166,6 +166,8 @@ class _MissingError(AttributeError):
 
 
 def _property(kind: str) -> property:
+    is_projected = kind in PROJECTED
+
     def read(self: Any) -> Any:
         try:
             slot, base = slot_of(self), base_tensor(self, kind)
@@ -176,14 +178,15 @@ def _property(kind: str) -> property:
                 if (projection := _projection_of(self, kind)) is not None:
                     _on_read(projection, PROJECTED[kind][1], value)
                 _on_read(self, kind, value)
-            slots = _slots_of(self, kind)
-            if not any(slot.active or slot.choices for slot in slots) or torch.compiler.is_compiling():
+            slots = _slots_of(self, kind) if is_projected else (slot,)
+            acts = slot.active or slot.choices or (is_projected and any(s.active or s.choices for s in slots))
+            if not acts or torch.compiler.is_compiling():
                 return value
             if slot in computing.slots:  # the layer itself
                 return value if computing.formed is None else _as_computed(self, value)
             slot._last_read[kind] = base
             # what others write into it does not act
-            return value.clone() if any(slot._keeps(value) for slot in slots) else value
+            return value.clone() if any(s._keeps(value) for s in slots) else value
         except _MissingError:
             raise
         except AttributeError as error:

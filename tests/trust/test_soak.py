@@ -14,7 +14,7 @@ def test_nothing_piles_up_over_lives() -> None:
     before, after, _, _, done = soak.soak(cycles=30)
     assert done["cycles"] == soak.WARM_UP + 30
     assert all(done[name] >= 5 for name in RARE)
-    assert {kind: after[kind] for kind in (*KINDS, "hooks")} == {kind: before[kind] for kind in (*KINDS, "hooks")}
+    assert not {kind: (before[kind], after[kind]) for kind in (*KINDS, "hooks") if after[kind] > before[kind]}
     assert after["objects"] - before["objects"] < 20
 
 
