@@ -171,7 +171,7 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_the_site_builds_and_has_every_public_name(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("material", reason="mkdocs-material, the extra docs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
