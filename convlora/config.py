@@ -48,14 +48,16 @@ class AdapterConfig:
             (full match), a module class, a callable `(name, module) -> bool`, or a list of these.
         rank: number of rank components per layer; 0 leaves every layer out that `ranks` does not name.
         alpha: numerator of the scale; `None` means the layer's rank, so a scale of 1 (linear).
-        factors: name of the factorization, `"convlora"`, `"locon"` or a registered one.
+        factors: name of the factorization: `"convlora"`, `"locon"`, `"dora"` (LoCon with a magnitude for each output
+            channel; its update depends on the base weight), `"loha"`, `"lokr"`, `"dense"` (ΔW whole, of no rank), or a
+            registered one.
         name: name of the adapter on the model.
         exclude: what `targets` must not select; same forms.
         ranks: `{pattern: rank}` per layer, the last matching pattern wins; 0 leaves the layer out, and may be said of
             a layer that `targets` do not select.
         alphas: `{pattern: alpha}` per layer, likewise.
         rank_scaling: `"linear"` or `"sqrt"`.
-        init: how the factors start; `"default"` is Kaiming-uniform A and zero B.
+        init: how the factors start, with ΔW = 0; `"default"` is Kaiming-uniform A and zero B, where there are such.
         bias: also train a delta of the bias, in every selected layer that has one.
         rank_dropout: probability, in [0, 1), that training drops a rank component; the rest is scaled up.
         modules_to_save: modules, with all below them, that are trained in full: the adapter has its own copy of their

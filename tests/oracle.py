@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
     "linear": (nn.Linear, {"in_features": 6, "out_features": 8}, (2, 5, 6)),
     "linear_plain": (nn.Linear, {"in_features": 6, "out_features": 8, "bias": False}, (6,)),
 }
-FACTORS = ("convlora", "locon")
+PRODUCTS = ("convlora", "locon")  # one matrix product: the algebra of adapters is for these
+FACTORS = (*PRODUCTS, "dora", "loha", "lokr", "dense")
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
@@ -140,29 +142,95 @@ def stock(layer: nn.Module) -> nn.Module:
 
 
 def delta(name: str, tensors: dict[str, Tensor], spec: WeightSpec) -> Tensor:
-    """ΔW element by element, in float64, as the layer stores it."""
-    a, b = tensors["lora_A"].double(), tensors["lora_B"].double()
-    groups, kernel = spec.groups, spec.kernel
-    out_channels = spec.shape[1] * groups if spec.transposed else spec.shape[0]
-    in_channels = spec.shape[0] if spec.transposed else spec.shape[1] * groups
-    conv = torch.zeros(out_channels, in_channels // groups, *kernel, dtype=torch.float64)
-    flat = conv.view(-1)
-    if name == "locon":
-        for at, (o, i, *k) in enumerate(itertools.product(*map(range, conv.shape))):
-            flat[at] = sum(
-                b[o, r].item() * a[r].reshape(in_channels // groups, *kernel)[(i, *k)].item() for r in range(a.shape[0])
-            )
-    else:  # row-major elements of the matrix product are row-major elements of the weight
-        columns = a.shape[1]
-        for at in range(flat.numel()):
-            row, column = divmod(at, columns)
-            flat[at] = sum(b[row, r].item() * a[r, column].item() for r in range(a.shape[0]))
-    if not spec.transposed:
-        return conv
+    """ΔW element by element, in float64, as the layer stores it; of factors that do not see the base weight."""
+    _, shape, _ = _as_convolution(spec)
+    conv = torch.zeros(shape, dtype=torch.float64)
+    element = _ELEMENTS[name]({n: t.detach().double() for n, t in tensors.items()}, shape)
+    for at, index in enumerate(itertools.product(*map(range, shape))):
+        conv[index] = element(at, *index)
+    return _stored(conv, spec)
+
+
+def change(name: str, tensors: dict[str, Tensor], spec: WeightSpec, scale: float, weight: Tensor) -> Tensor:
+    """What an adapter of strength 1 adds to a layer's weight, in float64."""
+    if name not in ("dora", "dora_in"):
+        return scale * delta(name, tensors, spec)
+    direction = weight.detach().double() + scale * delta("locon", tensors, spec)
+    changed = torch.zeros_like(direction)
+    places = _stored_places(spec)
+    magnitude = tensors["lora_magnitude"].detach().double()
+    for channel in range(len(magnitude)):
+        own = [at for (o, i, *_), at in places.items() if channel == (o if name == "dora" else i)]
+        norm = math.sqrt(sum(direction.view(-1)[at].item() ** 2 for at in own))
+        for at in own:
+            changed.view(-1)[at] = magnitude[channel] * direction.view(-1)[at] / norm if norm else 0.0
+    return changed - weight.detach().double()
+
+
+Element = Callable[..., float]  # of the place in row-major order, o, i and the place in the kernel
+
+
+def _locon(tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Element:
+    a, b = tensors["lora_A"].reshape(-1, *shape[1:]), tensors["lora_B"].flatten(1)
+    return lambda at, o, *rest: sum(b[o, r].item() * a[(r, *rest)].item() for r in range(len(a)))
+
+
+def _convlora(tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Element:
+    """Row-major elements of the matrix product are row-major elements of the weight."""
+    a, b = tensors["lora_A"], tensors["lora_B"]
+    return lambda at, *_: sum(b[at // a.shape[1], r].item() * a[r, at % a.shape[1]].item() for r in range(a.shape[0]))
+
+
+def _loha(tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Element:
+    columns = math.prod(shape[1:])
+
+    def entry(which: str, row: int, column: int) -> float:
+        a, b = tensors[f"hada_{which}_a"], tensors[f"hada_{which}_b"]
+        return sum(a[row, r].item() * b[r, column].item() for r in range(len(b)))
+
+    return lambda at, *_: entry("w1", *divmod(at, columns)) * entry("w2", *divmod(at, columns))
+
+
+def _lokr(tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Element:
+    w1 = tensors["lokr_w1"]
+    rows, columns = shape[0] // w1.shape[0], shape[1] // w1.shape[1]
+    small = tensors["lokr_w2"] if "lokr_w2" in tensors else tensors["lokr_w2_a"] @ tensors["lokr_w2_b"]
+    w2 = small.reshape(rows, columns, *shape[2:])
+    return lambda at, o, i, *k: w1[o // rows, i // columns].item() * w2[(o % rows, i % columns, *k)].item()
+
+
+_ELEMENTS: dict[str, Callable[[dict[str, Tensor], tuple[int, ...]], Element]] = {
+    "convlora": _convlora,
+    "locon": _locon,
+    "loha": _loha,
+    "lokr": _lokr,
+    "dense": lambda tensors, shape: lambda at, *index: tensors["diff"][tuple(index)].item(),
+}
+
+
+def _as_convolution(spec: WeightSpec) -> tuple[int, tuple[int, ...], int]:
+    """Channels out, the shape `(out, in/groups, *kernel)`, channels in."""
+    out_channels = spec.shape[1] * spec.groups if spec.transposed else spec.shape[0]
+    in_channels = spec.shape[0] if spec.transposed else spec.shape[1] * spec.groups
+    return out_channels, (out_channels, in_channels // spec.groups, *spec.kernel), in_channels
+
+
+def _stored_places(spec: WeightSpec) -> dict[tuple[int, ...], int]:
+    """`(o, i, *k)` -> where the layer stores that element."""
+    out_channels, shape, in_channels = _as_convolution(spec)
+    places = {}
+    kernel = math.prod(spec.kernel)
+    for at, (o, i, *k) in enumerate(itertools.product(*map(range, shape))):
+        group, within = divmod(o, out_channels // spec.groups)
+        row, column = (group * (in_channels // spec.groups) + i, within) if spec.transposed else (o, i)
+        places[(o, i, *k)] = (row * spec.shape[1] + column) * kernel + at % kernel
+    return places
+
+
+def _stored(conv: Tensor, spec: WeightSpec) -> Tensor:
     stored = torch.zeros(spec.shape, dtype=torch.float64)
-    for o, i in itertools.product(range(out_channels), range(in_channels // groups)):
-        group, within = divmod(o, out_channels // groups)
-        stored[group * (in_channels // groups) + i, within] = conv[o, i]
+    for index, at in _stored_places(spec).items():
+        stored.view(-1)[at] = conv[index]
     return stored
 
 

@@ -40,7 +40,11 @@ MODULES = [name for name in MODULES if "__main__" not in name and name not in TR
 
 
 def make_api() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
+    return script("make_api")
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -57,6 +61,24 @@ def setup() -> configparser.ConfigParser:
 def test_the_api_page_is_what_its_script_writes() -> None:
     page = make_api().page()
     assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == page, "python docs/make_api.py"
+
+
+def test_the_page_of_formats_is_what_its_script_writes() -> None:
+    page = script("make_formats").page()
+    assert (ROOT / "docs" / "formats.md").read_text(encoding="utf-8") == page, "python docs/make_formats.py"
+    rows = re.findall(r"^\| (?:convlora|peft|locon|loralib|diffusers) \|.*\| (test_\w+) \|$", page, re.MULTILINE)
+    assert len(rows) > 50
+    assert all(list((ROOT / "tests").rglob(f"{name}.py")) for name in rows)
+
+
+def test_a_stale_page_of_formats_is_told(tmp_path: Path) -> None:
+    formats = script("make_formats")
+    formats.PAGE = tmp_path / "formats.md"
+    assert "is stale" in formats.main(["--check"])
+    formats.main([])
+    assert formats.main(["--check"]) is None
+    formats.PAGE.write_text(formats.PAGE.read_text().replace("dora", "lora"))
+    assert "is stale" in formats.main(["--check"])
 
 
 def test_a_stale_api_page_is_told(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from oracle import FACTORS, bits, randomise, snapshot
+from oracle import PRODUCTS, bits, randomise, snapshot
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ import convlora
 from convlora.adapter.file import checksum
 from convlora.layer.adapted import base_tensor, weight_spec
 
-both = pytest.mark.parametrize("factors", FACTORS)
+both = pytest.mark.parametrize("factors", PRODUCTS)
 # Tiny layers on purpose: some are smaller than their adapter.
 pytestmark = pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
 

@@ -92,6 +92,23 @@ def _peft(base: nn.Module) -> Iterator[tuple[str, Files]]:
         yield name, {"adapter_config.json": files["adapter_config.json"], "adapter_model.bin": torch_file(tensors)}
 
 
+def _peft_methods(base: nn.Module) -> Iterator[tuple[str, Files]]:
+    for factors in ("dora", "loha", "lokr"):
+        adapter = convlora.adapter(adapted(base, PLAIN, factors=factors, rank=2, alpha=ALPHA))
+        yield _written(adapter, "peft", "rain")
+
+
+def _diffusers(base: nn.Module) -> Iterator[tuple[str, Files]]:
+    for factors, prefix in (("locon", None), ("locon", "unet"), ("dora", None), ("lokr", "unet")):
+        options = {"ranks": {"stem": 1}, "alphas": {"head": 7}} if prefix is None else {"bias": factors == "locon"}
+        adapter = convlora.adapter(adapted(base, PLAIN, factors=factors, rank=2, **options))
+        yield _written(adapter, "diffusers", "rain.safetensors", prefix=prefix)
+    name, files = _written(adapter.to(torch.bfloat16), "diffusers", "rain.safetensors")
+    packed = SafetensorsParts.of(files[name])
+    packed.metadata = [("format", "pt")]
+    yield name, {name: packed.pack()}  # as older versions write it: nothing states the scale
+
+
 def _locon(base: nn.Module) -> Iterator[tuple[str, Files]]:
     adapter = convlora.adapter(adapted(base, PLAIN, factors="locon", rank=2, alpha=ALPHA))
     name, files = _written(adapter, "locon", "rain.safetensors")
@@ -106,6 +123,17 @@ def _locon(base: nn.Module) -> Iterator[tuple[str, Files]]:
         "lycoris_stem.lora_up.weight": torch.randn(4, 2, 1, 1), "lycoris_stem.alpha": torch.tensor(ALPHA),
     }  # fmt: skip
     yield name, {name: to_safetensors(tucker, {"format": "pt"})}
+    for factors in ("dora", "dora_in", "loha", "lokr", "dense"):
+        adapter = convlora.adapter(adapted(base, PLAIN, factors=factors, rank=2, alpha=ALPHA))
+        yield _written(adapter, "locon", "rain.safetensors")
+    mixed = {
+        "diffusion_model.stem.lora_A.weight": torch.randn(2, 3, 3, 3), "diffusion_model.head.diff_b": torch.randn(3),
+        "diffusion_model.stem.lora_B.weight": torch.randn(4, 2, 1, 1), "diffusion_model.stem.alpha": torch.tensor(3),
+        "diffusion_model.head.hada_w1_a": torch.randn(3, 2), "diffusion_model.head.hada_w1_b": torch.randn(2, 5),
+        "diffusion_model.head.hada_w2_a": torch.randn(3, 2), "diffusion_model.head.hada_w2_b": torch.randn(2, 5),
+        "diffusion_model.body.0.diff": torch.randn(4, 4, 1, 1),
+    }  # fmt: skip
+    yield name, {name: to_safetensors(mixed, {"format": "pt"})}
 
 
 def _loralib(base: nn.Module) -> Iterator[tuple[str, Files]]:
@@ -123,7 +151,12 @@ def _loralib(base: nn.Module) -> Iterator[tuple[str, Files]]:
     yield "rain.bin", {"rain.bin": torch_file(dict(state), _use_new_zipfile_serialization=False)}
 
 
-MAKERS = {"convlora": _native, "peft": _peft, "locon": _locon, "loralib": _loralib}
+def _every_peft(base: nn.Module) -> Iterator[tuple[str, Files]]:
+    yield from _peft(base)
+    yield from _peft_methods(base)
+
+
+MAKERS = {"convlora": _native, "peft": _every_peft, "locon": _locon, "loralib": _loralib, "diffusers": _diffusers}
 
 
 def torch_file(tensors: Any, **options: Any) -> bytes:
@@ -170,6 +203,11 @@ def large_files() -> dict[str, Callable[[], tuple[str, str, Files]]]:
     def peft(tensors: dict[str, Tensor], **config: Any) -> tuple[str, str, Files]:
         text = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, **config}).encode()
         return "peft", "rain", {"adapter_config.json": text, "adapter_model.safetensors": to_safetensors(tensors, {})}
+
+    def diffusers(tensors: dict[str, Tensor], **config: Any) -> tuple[str, str, Files]:
+        text = json.dumps({"r": 2, "lora_alpha": 2, **config})
+        raw = to_safetensors(tensors, {"lora_adapter_metadata": text})
+        return "diffusers", "rain.safetensors", {"rain.safetensors": raw}
 
     def four_megabytes(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         width = 500_000 // dtype.itemsize
@@ -234,6 +272,29 @@ def large_files() -> dict[str, Callable[[], tuple[str, str, Files]]]:
         ),
         "LoCon: 20,000 names": lambda: locon(numbers(10_000, "lycoris_{}.lora_{}.weight", ("down", "up"))),
         "LoCon: a million lists": lambda: locon(pair, **{"convlora.layers": "[" + "[]," * 1_000_000 + "[]]"}),
+        "LoKr of a huge w1": lambda: locon(
+            {
+                "a.lokr_w1_a": torch.ones(30_000, 1), "a.lokr_w1_b": torch.ones(1, 30_000),
+                "a.lokr_w2": torch.ones(2, 2),
+            }
+        ),
+        "LoHa of a huge update beside another kind": lambda: locon(
+            {
+                **{f"a.hada_w{n}_a": torch.ones(30_000, 1) for n in (1, 2)},
+                **{f"a.hada_w{n}_b": torch.ones(1, 30_000) for n in (1, 2)}, "b.diff": torch.ones(2, 2),
+            }
+        ),
+        "LoHa of a huge Tucker core": lambda: locon(
+            {
+                **{f"a.hada_w{n}_{x}": torch.ones(2, 30_000) for n in (1, 2) for x in "ab"},
+                **{f"a.hada_t{n}": torch.ones(2, 2, 200, 200) for n in (1, 2)},
+            }
+        ),
+        "diffusers: a million lists": lambda: diffusers(peft_pair, rank_pattern=[[]] * 1_000_000),
+        "diffusers: a million networks": lambda: diffusers(peft_pair, **{f"{i}.r": 1 for i in range(1_000_000)}),
+        "diffusers: 1,500 expressions for 1,500 layers": lambda: diffusers(
+            numbers(1500, "{}.lora_{}.weight"), r=1, alpha_pattern={f"{i}.?x": 1 for i in range(1500)}
+        ),
         "loralib: a million layers": lambda: loralib(
             matrix, **{"convlora.layers": json.dumps({i: [] for i in range(1_000_000)})}
         ),

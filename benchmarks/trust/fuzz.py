@@ -130,7 +130,7 @@ class Trial:
         self.before = {id(model): snapshot(model) for model in (self.base, *every)}
 
     def _hot(self, kind: str, **options: Any) -> nn.Module:
-        factors = "locon" if kind in ("peft", "locon") else "convlora"
+        factors = "locon" if kind in ("peft", "locon", "diffusers") else "convlora"
         targets = {"convlora": "*", "loralib": [*corpus.PLAIN, "body.1"]}.get(kind, corpus.PLAIN)
         return corpus.adapted(self.base, targets, rank=2, factors=factors, bias=kind == "convlora", **options)
 
@@ -164,7 +164,7 @@ class Trial:
     def _calls(self, case: Case, place: Path) -> Iterator[tuple[str, Callable[[], Any], nn.Module | None]]:
         """Name, call, and the model that it loads the adapter onto, if it does."""
         alpha: dict[str, Any] = {"alpha": corpus.ALPHA} if case.kind == "loralib" else {}
-        options = {**alpha, "rank": 2} if alpha else {}
+        options = {**alpha, "rank": 2} if alpha else {"layers": self.specs}  # kernels of LoHa and LoKr, paths of LoCon
         kind, base, (hot, *whole), read = case.kind, self.base, self.hot[case.kind], formats.read
         if case.kind == "convlora":
             yield "Adapter.read", lambda: Adapter.read(place), None
@@ -226,6 +226,10 @@ def held(adapter: Adapter | None) -> int:
     return factors + sum(2 * t.nbytes for copies in adapter.modules.values() for t in copies.values())
 
 
+# Of what these files hold some is computed: Tucker cores, scaled biases, updates of one kind brought to another's.
+FORMED = ("lora_mid", "lora_B.bias", "hada_", "lokr_", "diff")
+
+
 # --- what a file says, read naively ----------------------------------------------------------------------------------
 
 
@@ -237,14 +241,14 @@ def differences(adapter: Adapter, case: Case) -> list[str]:
     for name, raw in case.files.items():
         for key, (dtype, content) in _content(name, raw).items():
             values |= {content, _wider(dtype, content)}
-            folded |= "lora_mid" in key or key.endswith("lora_B.bias")
+            folded |= any(mark in key for mark in FORMED)
     for path, layer in adapter.layers.items():
         for name, tensor in layer.tensors.items():
             if not bool(tensor.isfinite().all()):
                 wrong.append(f"{path}.{name} is not finite")
             known = bytes_of(tensor) in values or any(bytes_of(tensor) in raw for raw in case.files.values())
             known = known or (name in FACTORS and _is_padded(tensor, FACTORS.index(name), values))
-            if not known and not (folded and name in ("lora_A", "lora_bias")):
+            if not known and not (folded and name in ("lora_A", "lora_B", "lora_bias", "diff")):
                 wrong.append(f"{path}.{name} is not what the file holds")
     for path, copies in adapter.modules.items():
         for name, tensor in copies.items():

@@ -15,7 +15,7 @@ from convlora.adapter.cast import cast_adapter
 from convlora.adapter.checkpoint import apply_adapters, extract_adapter
 from convlora.adapter.file import read_adapter, write_adapter
 from convlora.adapter.naming import Names, rename_layers
-from convlora.adapter.parts import AdapterParts, layer_delta
+from convlora.adapter.parts import AdapterParts, layer_delta, refuse_weight
 from convlora.adapter.training import adapter_from_state_dict
 from convlora.config import AdapterConfig, Strength
 from convlora.errors import ConvLoRAError
@@ -97,11 +97,14 @@ class Adapter(AdapterParts):
         """
         return cast_adapter(self, dtype, "Adapter.to", stacklevel=2)
 
-    def delta(self, layer: str) -> Tensor:
+    def delta(self, layer: str, weight: Tensor | None = None) -> Tensor:
         """ΔW of a layer with its scale, float32 (float64 for float64 factors), shaped as the layer's weight.
 
+        `weight`: the base's, for factorizations whose update depends on it (`"dora"`); others do not look at it.
+
         Raises:
-            ConvLoRAError: the adapter has no such layer.
+            ConvLoRAError: the adapter has no such layer; the update depends on the base weight and that is not given,
+                or in another shape.
 
         Example:
             >>> import torch, convlora
@@ -112,7 +115,12 @@ class Adapter(AdapterParts):
         if layer not in self.layers:
             known = ", ".join(repr(path) for path in self.layers)
             raise ConvLoRAError(f"Adapter.delta: no layer {layer!r}; the adapter has {known}")
-        return layer_delta(self.config, self.layers[layer], 1.0)
+        spec = self.layers[layer].spec
+        if weight is None:
+            refuse_weight(self.config.factors, f"Adapter.delta({layer!r}) without weight=")
+        elif tuple(weight.shape) != spec.shape:
+            raise ConvLoRAError(f"Adapter.delta: weight {tuple(weight.shape)} instead of {spec.shape} of {layer!r}")
+        return layer_delta(self.config, self.layers[layer], 1.0, base=weight)
 
     def apply_to(
         self, state_dict: Mapping[str, Any], strength: Strength = 1.0, *, exact: bool = False

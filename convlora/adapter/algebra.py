@@ -15,10 +15,18 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, strengths_of, tensor_key
+from convlora.adapter.parts import (
+    BIAS_DELTA,
+    AdapterParts,
+    LayerFactors,
+    layer_delta,
+    refuse_weight,
+    strengths_of,
+    tensor_key,
+)
 from convlora.config import AdapterConfig, Strength, is_number
 from convlora.errors import ConvLoRAError, Problems
-from convlora.factors.base import Factorization, WeightSpec, get_factors
+from convlora.factors.base import Factorization, WeightSpec, get_factors, needs_weight, start_factors
 from convlora.factors.svd import ChooseRank, Fit, rank_chooser
 from convlora.support.progress import counted_steps
 
@@ -38,6 +46,9 @@ class Algebraic(Protocol):
         `choose` gets the squared norm that each rank component adds, largest first, and says how many to keep.
         """
 
+    def pad(self, factors: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Factors of a higher rank and the same update, of which `more` start as new ones; missing, `join` is used."""
+
     def shrink(self, factors: Mapping[str, Tensor], spec: WeightSpec, choose: ChooseRank) -> Fit:
         """`fit` to the update of other factors, without forming it; where it is missing, `fit` is used."""
 
@@ -50,8 +61,27 @@ def factorization_with(name: str, method: str, operation: str) -> Any:
     """
     factorization = get_factors(name)
     if not callable(getattr(factorization, method, None)):
-        raise ConvLoRAError(f"{operation}: factorization {name!r} cannot do this; give its class a method '{method}'")
+        remedy = ", or bring the adapter to 'locon' by refactor" if method == "join" else ""
+        raise ConvLoRAError(
+            f"{operation}: factorization {name!r} cannot do this; give its class a method '{method}'{remedy}"
+        )
     return factorization
+
+
+def can_be_resized(factors: str) -> bool:
+    """Whether `Adapter.resize` takes factors of a sort."""
+    factorization = get_factors(factors)
+    return not (needs_weight(factorization) or getattr(factorization, "free_rank", False))
+
+
+def refuse_free_rank(factors: str, operation: str, remedy: str) -> None:
+    """Refuse what takes or adds components one by one.
+
+    Raises:
+        ConvLoRAError: the rank of the factorization counts none.
+    """
+    if getattr(get_factors(factors), "free_rank", False):
+        raise ConvLoRAError(f"{operation}: the rank of {factors!r} factors counts no components of ΔW; {remedy}")
 
 
 def assemble(
@@ -102,6 +132,7 @@ def combine(adapters: Sequence[A], weights: Sequence[Strength]) -> A:
             f"Adapter.combine: the factorizations differ ({', '.join(kinds)}); "
             f"bring all to one first: adapter.refactor({kinds[0]!r})"
         )
+    refuse_weight(kinds[0], "Adapter.combine")
     factorization = factorization_with(kinds[0], "join", "Adapter.combine")
     layers = {
         path: _sum(
@@ -190,6 +221,8 @@ def _sum(factorization: Any, summands: Sequence[tuple[AdapterConfig, LayerFactor
 def resize(adapter: A, rank: int | None, energy: float | None) -> A:
     """See `Adapter.resize`."""
     choose = rank_chooser("Adapter.resize", rank, energy)
+    refuse_weight(adapter.config.factors, "Adapter.resize")
+    refuse_free_rank(adapter.config.factors, "Adapter.resize", "adapter.refactor('locon', rank=…) cuts the update")
     layers, errors = {}, {}
     for path, layer in counted_steps(adapter.layers.items()):
         errors[path] = 0.0
@@ -218,9 +251,10 @@ def refactor(adapter: A, factors: str, rank: int | None, energy: float | None) -
     """See `Adapter.refactor`."""
     limited = rank is not None or energy is not None
     choose = rank_chooser("Adapter.refactor", rank, energy if limited else 1.0)
-    target = factorization_with(factors, "fit", "Adapter.refactor")
     if factors == adapter.config.factors:
         return resize(adapter, rank, energy) if limited else adapter
+    refuse_weight(adapter.config.factors, "Adapter.refactor")
+    target = factorization_with(factors, "fit", "Adapter.refactor")
     config = adapter.config.replace(factors=factors, init="default")
     layers, errors = {}, {}
     for path, layer in counted_steps(adapter.layers.items()):
@@ -249,12 +283,9 @@ def _means_the_same(source: Factorization, target: Factorization, layer: LayerFa
     return torch.equal(source.delta(tensors, layer.spec).flatten(), target.delta(tensors, layer.spec).flatten())
 
 
-def dense_delta(config: AdapterConfig, layer: LayerFactors) -> Tensor:
-    """ΔW with its scale, float64, `(out, in/groups, *kernel)`."""
-    spec = layer.spec
-    factors = {name: tensor.double() for name, tensor in layer.tensors.items() if name != BIAS_DELTA}
-    delta = get_factors(config.factors).delta(factors, spec) * config.scale(layer.rank, layer.alpha)
-    return delta.reshape(spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
+def dense_delta(config: AdapterConfig, layer: LayerFactors, base: Tensor | None = None) -> Tensor:
+    """ΔW with its scale, float64, `(out, in/groups, *kernel)`; `base`: the weight, where ΔW depends on it."""
+    return layer.spec.to_convolution(layer_delta(config, layer, 1.0, exact=True, base=base))
 
 
 def scaled_factors(factorization: Factorization, layer: LayerFactors, gain: float) -> dict[str, Tensor]:
@@ -280,15 +311,12 @@ def alpha_of_scale_one(config: AdapterConfig, rank: int) -> float:
 def padded(adapter: A, ranks: Mapping[str, int]) -> A:
     """The same adapter at higher ranks, by layer path: what is added updates nothing, and trains as a new adapter does.
 
-    The scale of each layer stays, so its alpha grows with its rank.
-
-    Raises:
-        ConvLoRAError: the factorization has no method `join`.
+    The scale of each layer stays, so its alpha changes with its rank. See `why_not_padded`.
     """
-    wanted = {path: rank for path, rank in ranks.items() if rank > adapter.layers[path].rank}
+    wanted = {path: rank for path, rank in ranks.items() if rank != adapter.layers[path].rank}
     if not wanted:
         return adapter
-    factorization = factorization_with(adapter.config.factors, "join", "Adapter")
+    factorization = get_factors(adapter.config.factors)
     layers = {
         path: _padded(factorization, adapter.config, layer, wanted[path]) if path in wanted else layer
         for path, layer in adapter.layers.items()
@@ -303,15 +331,28 @@ def padded(adapter: A, ranks: Mapping[str, int]) -> A:
     )
 
 
+def why_not_padded(name: str, spec: WeightSpec, rank: int, to: int) -> str | None:
+    """Why factors of a rank cannot be had at another; None if they can: a higher one, or where it says nothing."""
+    factorization = get_factors(name)
+    if factorization.shapes(spec, rank) == factorization.shapes(spec, to):
+        return None
+    if rank > to:
+        return f"the file has rank {rank}, the adapter on the model rank {to}"
+    if not hasattr(factorization, "pad") and not hasattr(factorization, "join"):
+        return f"rank {rank} on rank {to}, which {name!r} factors cannot be padded to"
+    return None
+
+
 def _padded(factorization: Any, config: AdapterConfig, layer: LayerFactors, rank: int) -> LayerFactors:
-    shapes = factorization.shapes(layer.spec, rank - layer.rank)
-    more = {name: torch.empty(shape, dtype=_dtype(layer)) for name, shape in shapes.items()}
-    with torch.random.fork_rng(devices=[]):  # the same in every process, and the caller's random numbers stay
-        torch.default_generator.manual_seed(0)
-        factorization.init_(more, config.init)
-    tensors = factorization.join([{name: layer.tensors[name] for name in shapes}, more])
-    if BIAS_DELTA in layer.tensors:
-        tensors[BIAS_DELTA] = layer.tensors[BIAS_DELTA]
+    tensors = dict(layer.tensors)
+    if factorization.shapes(layer.spec, layer.rank) != factorization.shapes(layer.spec, rank):
+        shapes = factorization.shapes(layer.spec, rank - layer.rank)
+        more = {name: torch.empty(shape, dtype=_dtype(layer)) for name, shape in shapes.items()}
+        with torch.random.fork_rng(devices=[]):  # the same in every process, and the caller's random numbers stay
+            torch.default_generator.manual_seed(0)
+            start_factors(factorization, more, config.init, layer.spec, torch.ones(layer.spec.shape))
+        own = {name: layer.tensors[name] for name in shapes}
+        tensors |= factorization.pad(own, more) if hasattr(factorization, "pad") else factorization.join([own, more])
     alpha = config.scale(layer.rank, layer.alpha) * alpha_of_scale_one(config, rank)
     return LayerFactors(tensors, layer.spec, rank, alpha, layer.aliases)
 

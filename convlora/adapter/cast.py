@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convlora.adapter.parts import BIAS_DELTA, AdapterParts, LayerFactors, layer_delta, tensor_key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning
+from convlora.factors.base import get_factors, needs_weight
 
 THRESHOLD = 0.01  # of a Frobenius norm: twice what rounding to bfloat16 can change
 A = TypeVar("A", bound=AdapterParts)
@@ -48,10 +49,13 @@ def _warn_of_underflow(before: AdapterParts, after: AdapterParts, what: str, sta
     worst = max(shares, key=lambda path: shares[path], default="")
     if not shares or shares[worst] <= THRESHOLD:
         return
-    lost = math.hypot(*(losses[path][0] for path in losses if path in before.layers))
-    whole = math.hypot(*(_norm(layer_delta(before.config, layer, 1.0)) for layer in before.layers.values()))
+    total = ""
+    if not needs_weight(get_factors(before.config.factors)):
+        lost = math.hypot(*(losses[path][0] for path in losses if path in before.layers))
+        whole = math.hypot(*(_norm(layer_delta(before.config, layer, 1.0)) for layer in before.layers.values()))
+        total = f"ΔW by {lost / whole if whole else 0.0:.2%}, "
     warnings.warn(
-        f"{what} change ΔW by {lost / whole if whole else 0.0:.2%}, '{worst}' by {shares[worst]:.2%} and"
+        f"{what} change {total}'{worst}' by {shares[worst]:.2%} and"
         f" {sum(each > THRESHOLD for each in shares.values())} in all by more than {THRESHOLD:.0%};"
         " bfloat16 has the range of float32",
         ConvLoRAWarning,
@@ -62,12 +66,16 @@ def _warn_of_underflow(before: AdapterParts, after: AdapterParts, what: str, sta
 def _losses_by_underflow(before: AdapterParts, after: AdapterParts) -> dict[str, tuple[float, float]]:
     """Layer path, or name of a copied tensor -> norm of what has changed, and of the whole; where values are too small.
 
-    All others have changed by rounding alone.
+    All others have changed by rounding alone. Of factors whose ΔW depends on the base weight, each tensor is compared.
     """
-    losses = {}
+    losses: dict[str, tuple[float, float]] = {}
+    sees_weight = needs_weight(get_factors(before.config.factors))
     for path, layer in before.layers.items():
         narrow = after.layers[path]
-        if any(_has_moved(tensor, narrow.tensors[name]) for name, tensor in layer.tensors.items()):
+        if sees_weight:
+            moved = [name for name, tensor in layer.tensors.items() if _has_moved(tensor, narrow.tensors[name])]
+            losses |= {tensor_key(path, name): _loss(layer.tensors[name], narrow.tensors[name]) for name in moved}
+        elif any(_has_moved(tensor, narrow.tensors[name]) for name, tensor in layer.tensors.items()):
             whole = layer_delta(before.config, layer, 1.0)
             losses[path] = _norm(layer_delta(after.config, narrow, 1.0) - whole), _norm(whole)
             if BIAS_DELTA in layer.tensors:

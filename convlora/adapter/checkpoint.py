@@ -21,13 +21,14 @@ from convlora.adapter.parts import (
     LayerFactors,
     at_least_float32,
     base_key,
+    delta_and_gain,
+    refuse_weight,
     strengths_of,
     tensor_key,
-    unscaled_delta,
 )
 from convlora.config import AdapterConfig, Strength
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
-from convlora.factors.base import PROJECTIONS, WeightSpec
+from convlora.factors.base import PROJECTIONS, WeightSpec, get_factors, needs_weight
 from convlora.factors.fuse import fuse_weight, fuse_weight_exactly, is_finite, mixture
 from convlora.factors.svd import rank_chooser
 from convlora.support.progress import counted_steps
@@ -94,8 +95,10 @@ class MergedEntry:
         """An update, and what it is to be multiplied with."""
         adapter, layer, strength = change
         if self.name.endswith("weight"):
-            gain = strength * adapter.config.scale(layer.rank, layer.alpha)
-            return unscaled_delta(adapter.config, layer, self.exact), gain
+            base = None
+            if needs_weight(get_factors(adapter.config.factors)):
+                base = self.state[self.name].detach().to(next(iter(layer.tensors.values())).device)
+            return delta_and_gain(adapter.config, layer, strength, self.exact, base)
         delta = layer.tensors[BIAS_DELTA]
         return delta.double() if self.exact else at_least_float32(delta), strength
 
@@ -261,6 +264,7 @@ def extract_adapter(
 ) -> A:
     """See `Adapter.extract`."""
     choose = rank_chooser(OPERATION, rank, energy)
+    refuse_weight(factors, OPERATION)
     factorization = factorization_with(factors, "fit", OPERATION)
     config = AdapterConfig(targets="*", factors=factors, name=name)
     differing, left_out = _compare(base, tuned)

@@ -35,7 +35,7 @@ from convlora.support.safetensors import from_safetensors, read_regular_file, te
 
 FORMAT, VERSIONS = "convlora", ("1", "2")
 A = TypeVar("A", bound=AdapterParts)
-OTHERS = "convlora.formats.read reads those of PEFT, LoCon and loralib"
+OTHERS = "convlora.formats.read reads those of PEFT, LyCORIS, diffusers and loralib"
 
 
 def write_adapter(adapter: AdapterParts, path: str | os.PathLike[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convlora.config import AdapterConfig, Strength, is_number, strengths_by_layer
 from convlora.errors import ConvLoRAError, Problems
-from convlora.factors.base import PROJECTIONS, WeightSpec, get_factors
+from convlora.factors.base import PROJECTIONS, WeightSpec, gains_of, get_factors, needs_weight, update_of
 from convlora.factors.fuse import is_finite
 
 BIAS_DELTA = "lora_bias"
@@ -81,15 +81,40 @@ def strengths_of(adapter: AdapterParts, strength: Strength, operation: str, what
     return strengths_by_layer(strength, dict.fromkeys([*adapter.layers, *adapter.modules]), operation, what)
 
 
-def layer_delta(config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False) -> Tensor:
-    """ΔW of a layer with its scale and a strength, in the computation and the order of an adapted layer."""
-    return unscaled_delta(config, layer, exact) * (strength * config.scale(layer.rank, layer.alpha))
+def layer_delta(
+    config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False, base: Tensor | None = None
+) -> Tensor:
+    """ΔW of a layer with its scale and a strength, in the computation and the order of an adapted layer.
+
+    `base`: the base weight, for factors that depend on it.
+    """
+    delta, gain = delta_and_gain(config, layer, strength, exact, base)
+    return delta * gain
 
 
-def unscaled_delta(config: AdapterConfig, layer: LayerFactors, exact: bool = False) -> Tensor:
-    """What `layer_delta` multiplies by scale and strength."""
+def delta_and_gain(
+    config: AdapterConfig, layer: LayerFactors, strength: float, exact: bool = False, base: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """What `layer_delta` multiplies."""
     factors = {name: t.double() if exact else at_least_float32(t) for name, t in layer.tensors.items()}
-    return layer.spec.from_convolution(get_factors(config.factors).delta(factors, layer.spec))
+    factorization = get_factors(config.factors)
+    scale = config.scale(layer.rank, layer.alpha)
+    outside, inside = gains_of(scale, strength, needs_weight(factorization))
+    weight = base.detach().double() if base is not None and exact else base
+    return update_of(factorization, factors, layer.spec, inside, weight), outside
+
+
+def refuse_weight(factors: str, operation: str) -> None:
+    """Refuse what needs an update that is the same on every base.
+
+    Raises:
+        ConvLoRAError: the factorization's update depends on the base weight.
+    """
+    if needs_weight(get_factors(factors)):
+        raise ConvLoRAError(
+            f"{operation}: the update of {factors!r} factors depends on the base's weights, which are not at hand;"
+            " Adapter.apply_to gives merged ones, and Adapter.extract(base, merged) their difference as an adapter"
+        )
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

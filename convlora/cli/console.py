@@ -36,6 +36,7 @@ def _say(kind: str, message: str, command: str) -> None:
     """One line, in the words of the command line: `Adapter.resize: …rank=` is `resize: …--rank`."""
     text = re.sub(r"^Adapter(\.\w+)?: ", f"{command}: ", " ".join(message.split()))
     text = re.sub(r"\blayers= of the base\b|\blayers=(?=\W)", "--base", text)
+    text = re.sub(r"\bprefix=(?= (reads|says))", "--part", text)
     text = re.sub(r"\b(rank|energy|alpha|network)=(?=[ ,;)]|$)", r"--\1", text)
     typer.echo(printable(f"{kind}: {text}"), err=True)
 

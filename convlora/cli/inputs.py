@@ -37,22 +37,28 @@ def read_adapter(
     alpha: float | None = None,
     name: str | None = None,
     prefix: str = "",
+    part: str | None = None,
 ) -> Adapter:
     """An adapter of any format; of the base come the layers that a foreign file does not describe.
 
-    `prefix`: by which its names differ from the base's, for the formats whose names are read by those of the base.
+    Args:
+        prefix: by which its names differ from the base's, for the formats whose names are read by those of the base.
+        part: of the names of one network, in a file that is of several.
     """
     format = formats.detect(path)
-    known = layers_of(base.state) if base is not None and format in ("locon", "loralib") else None
+    known = layers_of(base.state) if base is not None and format != "convlora" else None
+    ways: list[dict[str, WeightSpec] | None] = [] if known is None else [*_by_names_of_the_adapter(known, prefix)]
+    if known is None or format == "peft":  # whose names say the paths: others than the base's are looked for later
+        ways.append(None)
     refused: list[ConvLoRAError] = []
-    for layers in [None] if known is None else _by_names_of_the_adapter(known, prefix):
+    for layers in ways:
         try:
-            return formats.read(path, format, layers=layers, rank=rank, alpha=alpha, name=name)
+            return formats.read(path, format, layers=layers, rank=rank, alpha=alpha, name=name, prefix=part)
         except ConvLoRAError as error:
             refused.append(error)
     if format == "loralib" and rank is None and alpha is None:
         raise ConvLoRAError(f"{refused[0]}; `convlora convert` takes --alpha, --rank and --base") from None
-    raise refused[0]
+    raise refused[-1 if format == "peft" else 0]
 
 
 def read_training_checkpoint(path: Path, config: Path, name: str | None, network: str | None = None) -> Adapter:

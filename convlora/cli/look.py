@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
 from convlora import formats
 from convlora.adapter.adapter import Adapter
 from convlora.adapter.algebra import dense_delta
 from convlora.adapter.checkpoint import plan_merge
 from convlora.adapter.naming import other_prefixes
-from convlora.adapter.parts import BIAS_DELTA, LayerFactors, tensor_key
+from convlora.adapter.parts import BIAS_DELTA, LayerFactors, base_key, refuse_weight, tensor_key
 from convlora.cli.architecture import recognise_architecture
 from convlora.cli.console import emit, progress
 from convlora.cli.inputs import describe_match, fit_to_base, match_base, read_adapter, read_base, size_in_bytes
-from convlora.cli.options import BaseOption, File, Json, Network, Prefix
+from convlora.cli.options import Alpha, BaseOption, File, Json, Network, Part, Prefix
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
-from convlora.factors.base import WeightSpec
+from convlora.factors.base import WeightSpec, get_factors, needs_weight
 from convlora.formats import specs_from_checkpoint, specs_of
 from convlora.formats.checkpoints import Checkpoint
 from convlora.support.patterns import nearest_names, values_by_layer
@@ -31,7 +32,14 @@ from convlora.support.table import text_table
 from convlora.targets import select_layers
 
 
-def info(file: File, base: BaseOption = None, network: Network = None, as_json: Json = False) -> None:
+def info(
+    file: File,
+    base: BaseOption = None,
+    part: Part = None,
+    alpha: Alpha = None,
+    network: Network = None,
+    as_json: Json = False,
+) -> None:
     """Show what is in an adapter.
 
     Config, layers, ranks, sizes, the Frobenius norm of each ΔW, and the fingerprint of the base. Reading checks the
@@ -42,10 +50,14 @@ def info(file: File, base: BaseOption = None, network: Network = None, as_json: 
       convlora info rain.safetensors
       convlora info rain.safetensors --json | jq '.layers | map_values(.rank)'
     """
-    adapter = read_adapter(file, read_base(base, network))
+    checkpoint = read_base(base, network)
+    adapter = read_adapter(file, checkpoint, alpha=alpha, part=part)
     format = formats.detect(file)
     with progress("norms"):
-        layers = {path: _describe(adapter.config, layer) for path, layer in counted_steps(adapter.layers.items())}
+        layers = {
+            path: _describe(adapter.config, layer, _weight(adapter, path, checkpoint))
+            for path, layer in counted_steps(adapter.layers.items())
+        }
     report = {
         "file": str(file),
         "format": format,
@@ -62,7 +74,7 @@ def info(file: File, base: BaseOption = None, network: Network = None, as_json: 
     }
     rows = [
         [path, _show(layer.spec), str(layer.rank), f"{layer.alpha:g}", f"{d['scale']:g}", f"{d['parameters']:,}",
-         f"{d['norm']:.4g}"]
+         "–" if d["norm"] is None else f"{d['norm']:.4g}"]
         for (path, layer), d in zip(adapter.layers.items(), layers.values(), strict=True)
     ]  # fmt: skip
     facts = {
@@ -93,6 +105,8 @@ def diff(
             "--prefix", metavar="TEXT", help="What the names of A or of B begin with and those of the other do not."
         ),
     ] = "",
+    part: Part = None,
+    alpha: Alpha = None,
     network: Network = None,
     as_json: Json = False,
 ) -> None:
@@ -106,13 +120,16 @@ def diff(
       convlora diff rain.safetensors rain-small.safetensors
     """
     checkpoint = read_base(base, network)
-    ours, theirs = read_adapter(a, checkpoint), read_adapter(b, checkpoint)
+    ours, theirs = (read_adapter(file, checkpoint, alpha=alpha, part=part) for file in (a, b))
     theirs = _with_names_of(ours, theirs, a, b, prefix)
     both = [path for path in ours.layers if path in theirs.layers]
     other = [path for path in both if ours.layers[path].spec != theirs.layers[path].spec]
     with progress("distances"):
         layers = {
-            path: _compare(ours.config, ours.layers[path], theirs.config, theirs.layers[path])
+            path: _compare(
+                (ours.config, ours.layers[path], _weight(ours, path, checkpoint)),
+                (theirs.config, theirs.layers[path], _weight(theirs, path, checkpoint)),
+            )
             for path in counted_steps(both)
             if path not in other
         }
@@ -224,6 +241,8 @@ def verify(
         Path | None, typer.Option("--base", metavar="CHECKPOINT", help="Also check that it fits, and was adapted.")
     ] = None,
     prefix: Prefix = "",
+    part: Part = None,
+    alpha: Alpha = None,
     network: Network = None,
     as_json: Json = False,
 ) -> None:
@@ -240,7 +259,7 @@ def verify(
     report: dict[str, Any] = {"file": str(file), "base": str(base) if base else None, "ok": True, "checks": {}}
     checks = report["checks"]
     try:
-        adapter = read_adapter(file, checkpoint, prefix=prefix)
+        adapter = read_adapter(file, checkpoint, prefix=prefix, alpha=alpha, part=part)
     except ConvLoRAError as error:
         checks["file"] = {"ok": False, "what": _cause(error)}
     else:
@@ -287,7 +306,20 @@ def _cause(error: ConvLoRAError) -> str:
     return str(error).partition(": ")[2]
 
 
-def _describe(config: AdapterConfig, layer: LayerFactors) -> dict[str, Any]:
+def _weight(adapter: Adapter, path: str, checkpoint: Checkpoint | None) -> Tensor | None:
+    """The base weight of a layer, where its ΔW depends on it and it is known."""
+    if checkpoint is None or not needs_weight(get_factors(adapter.config.factors)):
+        return None
+    spec = adapter.layers[path].spec
+    name = base_key(path, "weight", checkpoint.state, spec)
+    weight = checkpoint.state.get(name)
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != spec.shape:
+        raise ConvLoRAError(f"--base: it has no '{name}' of shape {spec.shape}, on which ΔW depends")
+    return weight
+
+
+def _describe(config: AdapterConfig, layer: LayerFactors, weight: Tensor | None) -> dict[str, Any]:
+    known = weight is not None or not needs_weight(get_factors(config.factors))
     return {
         "shape": list(layer.spec.shape),
         "groups": layer.spec.groups,
@@ -296,14 +328,24 @@ def _describe(config: AdapterConfig, layer: LayerFactors) -> dict[str, Any]:
         "alpha": layer.alpha,
         "scale": config.scale(layer.rank, layer.alpha),
         "parameters": sum(t.numel() for t in layer.tensors.values()),
-        "norm": float(dense_delta(config, layer).norm()),
+        "norm": float(dense_delta(config, layer, weight).norm()) if known else None,
         "bias_norm": float(layer.tensors[BIAS_DELTA].double().norm()) if BIAS_DELTA in layer.tensors else None,
         "aliases": list(layer.aliases),
     }
 
 
-def _compare(config: AdapterConfig, ours: LayerFactors, other: AdapterConfig, theirs: LayerFactors) -> dict[str, Any]:
-    one, two = dense_delta(config, ours), dense_delta(other, theirs)
+Described = tuple[AdapterConfig, LayerFactors, "Tensor | None"]
+
+
+def _compare(one: Described, two: Described) -> dict[str, Any]:
+    for config, _, weight in (one, two):
+        if weight is None:
+            refuse_weight(config.factors, "diff without --base")
+    (_, ours, _), (_, theirs, _) = one, two
+    return _compare_layers(ours, theirs, dense_delta(*one), dense_delta(*two))
+
+
+def _compare_layers(ours: LayerFactors, theirs: LayerFactors, one: Tensor, two: Tensor) -> dict[str, Any]:
     distance = {"weight": _distance(one, two)}
     if BIAS_DELTA in ours.tensors or BIAS_DELTA in theirs.tensors:
         biases = [

@@ -30,6 +30,7 @@ from convlora.cli.inputs import (
 )
 from convlora.cli.options import (
     Adapters,
+    Alpha,
     Base,
     BaseOption,
     Energy,
@@ -40,6 +41,7 @@ from convlora.cli.options import (
     Name,
     Network,
     Out,
+    Part,
     Prefix,
     Rank,
 )
@@ -49,7 +51,6 @@ from convlora.support.table import text_table
 from convlora.support.tensorfile import shapes_of
 
 ROUNDING = 1e-6  # of float32 factors: an error below it is none
-NEEDED = {"peft": "locon", "locon": "locon", "loralib": "convlora"}  # the factorization that a format can hold
 
 
 def merge(
@@ -67,6 +68,8 @@ def merge(
         ),
     ] = None,
     prefix: Prefix = "",
+    part: Part = None,
+    alpha: Alpha = None,
     network: Network = None,
     force: Force = False,
     as_json: Json = False,
@@ -87,7 +90,7 @@ def merge(
     check_output(out, [base, *adapters], force, "merge", SUFFIXES)
     strengths = per_adapter(strength or [], adapters, "merge", "--strength")
     checkpoint = Checkpoint.read(base, network)
-    loaded = [read_adapter(file, checkpoint, prefix=prefix) for file in adapters]
+    loaded = [read_adapter(file, checkpoint, prefix=prefix, alpha=alpha, part=part) for file in adapters]
     state = checkpoint.state
     placed = [
         fit_to_base(adapter, state, file, base, "merge", prefix) for adapter, file in zip(loaded, adapters, strict=True)
@@ -167,6 +170,8 @@ def resize(
     rank: Rank = None,
     energy: Energy = None,
     base: BaseOption = None,
+    part: Part = None,
+    alpha: Alpha = None,
     network: Network = None,
     force: Force = False,
     as_json: Json = False,
@@ -182,7 +187,7 @@ def resize(
     """
     check_output(out, [file, base], force, "resize", [SAFETENSORS])
     check_rank_or_energy("resize", rank, energy)
-    adapter = read_adapter(file, read_base(base, network))
+    adapter = read_adapter(file, read_base(base, network), alpha=alpha, part=part)
     with progress("resizing"):
         small = adapter.resize(rank=rank, energy=energy)
     _write(small, out, as_json)
@@ -204,6 +209,8 @@ def combine(
     factors: Annotated[Form | None, typer.Option("--factors", help="Bring all to this factorization first.")] = None,
     name: Name = None,
     base: BaseOption = None,
+    part: Part = None,
+    alpha: Alpha = None,
     network: Network = None,
     force: Force = False,
     as_json: Json = False,
@@ -219,7 +226,7 @@ def combine(
     check_output(out, [*adapters, base], force, "combine", [SAFETENSORS])
     weights = per_adapter(weight or [], adapters, "combine", "--weight")
     checkpoint = read_base(base, network)
-    loaded = [read_adapter(file, checkpoint, name=name) for file in adapters]
+    loaded = [read_adapter(file, checkpoint, name=name, alpha=alpha, part=part) for file in adapters]
     if factors is not None:
         with progress("refactoring"):
             loaded = [adapter.refactor(factors) for adapter in loaded]
@@ -234,10 +241,12 @@ def combine(
 def convert(
     file: File,
     out: Out,
-    to: Annotated[Literal["convlora", "peft", "locon", "loralib"], typer.Option("--to", help="Format of OUT.")],
+    to: Annotated[
+        Literal["convlora", "peft", "locon", "loralib", "diffusers"], typer.Option("--to", help="Format of OUT.")
+    ],
     factors: Annotated[
         Form | None,
-        typer.Option("--factors", help="Other factorization, for --to convlora; the other formats hold one each."),
+        typer.Option("--factors", help="Other factorization, where the format holds it; --to convlora holds all."),
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None, typer.Option("--dtype", help="Of the tensors in OUT.")
@@ -248,8 +257,10 @@ def convert(
     name: Name = None,
     rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="Of a loralib FILE, which has none.")] = None,
     alpha: Annotated[
-        float | None, typer.Option("--alpha", metavar="X", help="`lora_alpha` of a loralib FILE or OUT.")
+        float | None,
+        typer.Option("--alpha", metavar="X", help="`lora_alpha` of a FILE that states none, or of a loralib OUT."),
     ] = None,
+    part: Part = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -265,8 +276,9 @@ def convert(
 
     Or in another factorization or dtype. The update stays the same but for rounding. peft: a folder that PEFT's
     `PeftModel.from_pretrained` loads. locon: one file, as kohya and LyCORIS write it. loralib: a state dict of
-    microsoft/LoRA. From `convlora` factors to the first two, a k×k layer of rank r needs up to k²·r ranks; `resize`
-    lowers them.
+    microsoft/LoRA. diffusers: what its `load_lora_adapter` loads, with --prefix unet its pipelines. DoRA, LoHa and LoKr
+    stay what they are where the format has them. From `convlora` factors to PEFT's, a k×k layer of rank r needs up to
+    k²·r ranks; `resize` lowers them.
 
     FILE may be a training checkpoint of a whole model with adapters, too. --config says what `inject` was given: the
     JSON of `AdapterConfig.to_json`, or an adapter of the same config; --name says which adapter, if not the one there.
@@ -276,26 +288,32 @@ def convert(
       convlora convert rain.safetensors --to locon -o rain-locon.safetensors
       convlora convert rain-locon.safetensors --to convlora --base span.safetensors -o again.safetensors
       convlora convert rain.safetensors --to convlora --dtype float16 -o half.safetensors
+      convlora convert rain-locon.safetensors --to diffusers --base span.safetensors -o rain-diffusers.safetensors
       convlora convert last.ckpt --config config.json --to convlora -o last.safetensors
     """
     check_output(out, [file, base, config], force, "convert", [] if to == "peft" else _suffixes(to))
     checkpoint = read_base(base, network)
     reading = formats.detect(file) if config is None else "checkpoint"
+    silent = reading == "loralib" or (reading in ("locon", "diffusers") and to != "loralib")  # may state no alpha
     if config is None:
-        adapter = read_adapter(file, checkpoint, rank=rank, alpha=alpha if reading == "loralib" else None, name=name)
+        adapter = read_adapter(file, checkpoint, rank=rank, alpha=alpha if silent else None, name=name, part=part)
     elif rank is not None:
         raise ConvLoRAError("convert: --rank is for loralib files; of a training checkpoint --config says the ranks")
     else:
         adapter = read_training_checkpoint(file, config, name, network)
-    form = NEEDED.get(to, factors or adapter.config.factors)
-    if factors not in (None, form):
-        raise ConvLoRAError(f"convert: {to} files hold {form!r} factors only; leave --factors out")
+    form = factors or adapter.config.factors
+    held = formats.HELD.get(to, (form,))
+    if factors not in (None, *held):
+        raise ConvLoRAError(
+            f"convert: {to} files hold {' and '.join(map(repr, held))} factors only; leave --factors out"
+        )
+    form = form if form in held else held[0]
     with progress("refactoring"):
         adapter = adapter.refactor(form)
     errors = adapter.errors
     if dtype is not None:
         adapter = adapter.to(getattr(torch, dtype))
-    alpha_of_file = None if reading == "loralib" else alpha
+    alpha_of_file = None if silent else alpha
     beside = checkpoint.state if checkpoint is not None and to == "peft" else None
     formats.write(adapter, out, to, prefix=prefix, alpha=alpha_of_file, base=beside, overwrite=force)
     _report(adapter, errors, out, to, as_json)

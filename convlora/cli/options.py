@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-Form = Literal["convlora", "locon"]
+Form = Literal["convlora", "locon", "dense"]
 
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="Checkpoint: .safetensors, or .pth and its like.")]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Adapter of any format.")]
@@ -33,6 +33,16 @@ Prefix = Annotated[
         help="What the names of one side, the adapter's or the base's, begin with and those of the other do not;"
         " by default it is found.",
     ),
+]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        "--part", metavar="TEXT", help="Of a FILE of several networks, the names that begin so: lora_unet, unet …"
+    ),
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option("--alpha", metavar="X", help="`lora_alpha` of the training, where a FILE states none."),
 ]
 Network = Annotated[
     str | None,

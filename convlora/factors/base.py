@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from convlora.errors import ConvLoRAError
@@ -74,16 +73,26 @@ class WeightSpec:
         grouped = delta.view(self.groups, out, inner, *self.kernel)
         return grouped.transpose(1, 2).reshape(self.shape)
 
-    def to_convolution(self, delta: Tensor) -> Tensor:
-        """An update in the order of the layer's weight in convolution order: the inverse of `from_convolution`."""
+    def to_convolution(self, stored: Tensor) -> Tensor:
+        """A weight, or an update, as the layer stores it in convolution order: the inverse of `from_convolution`."""
         if not self.transposed:
-            return delta
-        return rearrange(delta, "(g i) o ... -> (g o) i ...", g=self.groups)
+            return stored
+        # "(g i) o ... -> (g o) i ...": a view where there are no groups
+        first, second = self.in_channels // self.groups, self.out_channels // self.groups
+        grouped = stored.reshape(self.groups, first, second, *self.kernel)
+        return grouped.transpose(1, 2).reshape(self.out_channels, first, *self.kernel)
 
 
 @runtime_checkable
 class Factorization(Protocol):
     """A way to write ΔW with few numbers. Stateless; register an instance or a class with `register_factors`.
+
+    What a class may say beside the methods; all are False where it does not:
+
+    - `needs_weight = True`: the update depends on the base weight W; see `SeesWeight` for the arguments it gets.
+    - `forms_again = True`: `delta` makes tensors as large as W that backward needs; it then forms them again.
+    - `free_rank = True`: `rank` counts no components of ΔW that could be cut or added one by one, so that ranks cannot
+      be allocated, nor an adapter resized.
 
     Example:
         >>> import torch, convlora
@@ -116,19 +125,84 @@ class Factorization(Protocol):
         """The factors with rank component i multiplied by `keep[i]`; `keep` is `(rank,)`."""
 
 
+class SeesWeight(Protocol):
+    """A factorization whose update depends on the base weight: `needs_weight = True`, and two methods get W.
+
+    `weight` is `(out, in/groups, *kernel)`, in the dtype of the layer. A strength multiplies what `delta` gives.
+    """
+
+    inits: tuple[str, ...]
+    needs_weight: bool
+
+    def shapes(self, spec: WeightSpec, rank: int) -> dict[str, Shape]:
+        """As in `Factorization`."""
+
+    def init_(self, factors: Mapping[str, Tensor], method: str, weight: Tensor) -> None:
+        """Fill the factors in place so that the change of `weight` is 0. `method` is one of `inits`."""
+
+    def delta(self, factors: Mapping[str, Tensor], spec: WeightSpec, weight: Tensor, scale: float | Tensor) -> Tensor:
+        """The whole change of `weight`, with the scale inside, with its elements in their order."""
+
+    def drop(self, factors: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+        """As in `Factorization`."""
+
+
+AnyFactorization = Factorization | SeesWeight
+
+
+def needs_weight(factorization: Factorization) -> bool:
+    """Whether the update depends on the base weight: see `SeesWeight`."""
+    return bool(getattr(factorization, "needs_weight", False))
+
+
+def start_factors(
+    factorization: Factorization, factors: Mapping[str, Tensor], method: str, spec: WeightSpec, weight: Tensor | None
+) -> None:
+    """Fill factors in place so that they change nothing; `weight`, as the layer stores it, where they depend on it."""
+    if not needs_weight(factorization):
+        return factorization.init_(factors, method)
+    assert weight is not None
+    return cast("SeesWeight", factorization).init_(factors, method, spec.to_convolution(weight))
+
+
+def gains_of(scale: float, strength: float, sees_weight: bool) -> tuple[float, float]:
+    """What multiplies an update, and what does inside of it: the scale of one that depends on the base weight.
+
+    Example:
+        >>> gains_of(2.0, 0.5, sees_weight=False), gains_of(2.0, 0.5, sees_weight=True)
+        ((1.0, 1.0), (0.5, 2.0))
+    """
+    return (strength, scale) if sees_weight else (strength * scale, 1.0)
+
+
+def update_of(
+    factorization: Factorization,
+    factors: Mapping[str, Tensor],
+    spec: WeightSpec,
+    inside: float | Tensor = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """ΔW, or the whole change of `weight` with the scale `inside`; in the order of the layer's weight."""
+    if not needs_weight(factorization):
+        return spec.from_convolution(factorization.delta(factors, spec))
+    assert weight is not None
+    change = cast("SeesWeight", factorization).delta(factors, spec, spec.to_convolution(weight), inside)
+    return spec.from_convolution(change)
+
+
 _REGISTRY: dict[str, Factorization] = {}  # the shipped ones are registered by the package
 _GROWING: dict[str, frozenset[str]] = {}  # of each, the factors that start at zero beside others that do not
 
 # A factor's tensor becomes a parameter of the module that holds the factors: these names it has already.
 _RESERVED = frozenset(dir(nn.Module())) | {
-    "alpha", "config", "configure", "copy_", "drops", "factorization", "factors", "follow", "in_float64", "lora_bias",
-    "lora_scale", "rank", "reset_parameters", "scale", "set_strength", "spec", "strength", "tensor_names", "updates",
-    "was_loaded",
+    "alpha", "config", "configure", "copy_", "drops", "factorization", "factors", "follow", "in_float64", "is_at_start",
+    "lora_bias", "lora_scale", "needs_weight", "rank", "reset_parameters", "scale", "set_strength", "spec", "strength",
+    "tensor_names", "updates", "was_loaded",
 }  # fmt: skip
 
 
-def register_factors(name: str, factorization: Factorization | type[Factorization]) -> None:
-    """Make a factorization available as `factors=name`. See `Factorization` for what it needs.
+def register_factors(name: str, factorization: AnyFactorization | type[AnyFactorization]) -> None:
+    """Make a factorization available as `factors=name`. See `Factorization`, or `SeesWeight`, for what it needs.
 
     Raises:
         ConvLoRAError: the name is taken, or a trial on a small weight fails; nothing is registered then.
@@ -157,19 +231,24 @@ def register_factors(name: str, factorization: Factorization | type[Factorizatio
 
 def _try_out(name: str, candidate: Factorization) -> frozenset[str]:
     """Check a factorization on a small weight; gives the factors that start at zero beside others that do not."""
-    spec = WeightSpec((4, 2, 3, 3), groups=2)
-    shapes = candidate.shapes(spec, 2)
+    trials = (WeightSpec((4, 2, 3, 3), groups=2), 2), (WeightSpec((16, 16)), 1)
+    shapes = [tensor for trial in trials for tensor in candidate.shapes(*trial)]
     if not shapes or any("." in tensor or tensor.startswith("_") or tensor in _RESERVED for tensor in shapes):
-        raise ConvLoRAError(f"register_factors: {name!r} has unusable tensor names {sorted(shapes)}")
+        raise ConvLoRAError(f"register_factors: {name!r} has unusable tensor names {sorted({*shapes})}")
     if "default" not in candidate.inits:
         raise ConvLoRAError(f"register_factors: {name!r} needs an init named 'default', it has {candidate.inits!r}")
-    factors = {tensor: torch.full(shape, torch.nan) for tensor, shape in shapes.items()}
-    candidate.init_(factors, "default")
-    zero = frozenset(tensor for tensor, values in factors.items() if not values.any())
-    delta = candidate.delta(candidate.drop(factors, torch.ones(2)), spec)
-    if delta.numel() != math.prod(spec.shape) or bool(delta.ne(0).any()):
-        raise ConvLoRAError(f"register_factors: {name!r} does not start at ΔW = 0 of {math.prod(spec.shape)} elements")
-    return zero if len(zero) < len(factors) else frozenset()
+    growing: set[str] = set()
+    for spec, rank in trials:
+        factors = {tensor: torch.full(shape, torch.nan) for tensor, shape in candidate.shapes(spec, rank).items()}
+        weight = torch.linspace(-1, 1, math.prod(spec.shape)).view(spec.shape)
+        start_factors(candidate, factors, "default", spec, weight)
+        zero = {tensor for tensor, values in factors.items() if not values.any()}
+        delta = update_of(candidate, candidate.drop(factors, torch.ones(rank)), spec, 1.0, weight)
+        if delta.numel() != math.prod(spec.shape) or bool(delta.ne(0).any()):
+            size = math.prod(spec.shape)
+            raise ConvLoRAError(f"register_factors: {name!r} does not start at ΔW = 0 of {size} elements")
+        growing |= zero if len(zero) < len(factors) else set()
+    return frozenset(growing)
 
 
 def growing_factors(name: str) -> frozenset[str]:

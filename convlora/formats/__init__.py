@@ -17,7 +17,13 @@ from convlora.factors.base import WeightSpec
 from convlora.formats import locon, loralib, peft, tensors
 from convlora.model.traversal import specs_of as specs_of
 
-FORMATS = ("convlora", "peft", "locon", "loralib")
+FORMATS = ("convlora", "peft", "locon", "loralib", "diffusers")
+HELD: dict[str, tuple[str, ...]] = {  # the factorizations that a format holds as they are; others become the first
+    "peft": peft.WRITTEN,
+    "locon": locon.WRITTEN,
+    "loralib": ("convlora",),
+    "diffusers": peft.WRITTEN_TO_FILE,
+}
 
 
 def detect(path: str | os.PathLike[str]) -> str:
@@ -38,6 +44,8 @@ def detect(path: str | os.PathLike[str]) -> str:
     if os.path.isdir(place):
         if os.path.isfile(place / peft.CONFIG):
             return "peft"
+        if file := locon.in_folder(place):
+            return detect(file)
         inner = sorted(p.parent.name for p in place.glob(f"*/{peft.CONFIG}"))
         hint = f"; those in it do: {', '.join(inner)}" if inner else ""
         raise ConvLoRAError(f"read: the folder '{path}' has no {peft.CONFIG}, so it is no PEFT adapter{hint}")
@@ -51,12 +59,10 @@ def detect(path: str | os.PathLike[str]) -> str:
             f"read: '{path}' is a checkpoint of a model with adapters; Adapter.from_state_dict takes one out, and so"
             " does `convlora convert --config`"
         )
-    if locon.recognises(names):
-        return "locon"
+    if kind := locon.recognises(names, metadata):
+        return kind
     if loralib.recognises(names):
         return "loralib"
-    if any(".lora_A." in name for name in names):
-        raise ConvLoRAError(f"read: '{path}' holds PEFT tensors without the {peft.CONFIG} that states their scale")
     raise ConvLoRAError(f"read: '{path}' is no adapter of a known format ({', '.join(FORMATS)})")
 
 
@@ -68,6 +74,7 @@ def read(
     rank: int | None = None,
     alpha: float | None = None,
     name: str | None = None,
+    prefix: str | None = None,
 ) -> Adapter:
     """Read an adapter of any of `FORMATS`; `None` detects which. Nothing in a file is ever executed.
 
@@ -76,14 +83,17 @@ def read(
         format: one of `FORMATS`.
         layers: those of the base, by `specs_of(model)` or `specs_from_checkpoint(state_dict)`. The adapter is checked
             against them, and they say what some files do not: the layer paths of a LoCon file, which of a loralib
-            file's layers are convolutions, groups.
+            file's layers are convolutions, the kernels of LoHa and LoKr, groups.
         rank: of a loralib file, where neither `layers` nor the file tell.
-        alpha: of a loralib file.
+        alpha: `lora_alpha` of the training, where the file states none: of loralib, and of diffusers and kohya files
+            without; the scale of a layer is alpha over its rank.
         name: of the adapter; by default the one that a file of this library states, else `"default"`.
+        prefix: of the names of one network, in a file that is of several: `"lora_unet"`, `"unet"`; names that do not
+            begin with it are left out. By default the prefix is found.
 
     Raises:
-        ConvLoRAError: the file is damaged, of no known format, or holds what no low-rank update of weights expresses
-            (DoRA, LoHa, …); it does not fit `layers`, or does not say enough.
+        ConvLoRAError: the file is damaged, of no known format, or holds what no factorization expresses (OFT, IA3, …);
+            it does not fit `layers`, or does not say enough.
 
     Example:
         >>> import tempfile, torch, convlora
@@ -96,8 +106,13 @@ def read(
     """
     place = _path("read", path)
     kind = detect(place) if format is None else _known("read", format)
-    if kind != "loralib" and (rank is not None or alpha is not None):
-        raise ConvLoRAError(f"read: rank= and alpha= are for loralib files; '{path}' ({kind}) states its own")
+    in_one_file = kind in ("locon", "diffusers")
+    if (rank is not None and kind != "loralib") or (alpha is not None and kind in ("convlora", "peft")):
+        raise ConvLoRAError(f"read: rank= and alpha= are for files that do not state them; '{path}' ({kind}) does")
+    if prefix is not None and not (in_one_file and isinstance(prefix, str)):
+        raise ConvLoRAError(f"read: prefix (={prefix!r}) must be a string, for locon or diffusers files")
+    if in_one_file and os.path.isdir(place):
+        place = locon.in_folder(place) or place
     if layers is not None and not (isinstance(layers, Mapping) and all(map(_is_spec, layers.values()))):
         raise ConvLoRAError("read: layers= must be {layer path: WeightSpec}; see specs_of and specs_from_checkpoint")
     if kind == "convlora":
@@ -105,9 +120,9 @@ def read(
     else:
         try:
             if kind == "peft":
-                adapter = peft.read(place)
-            elif kind == "locon":
-                adapter = locon.read(place, layers)
+                adapter = peft.read(place, layers)
+            elif in_one_file:
+                adapter = locon.read(place, layers, alpha, prefix)
             else:
                 adapter = loralib.read(place, layers, rank, alpha)
         except ConvLoRAError as error:
@@ -133,17 +148,20 @@ def write(
 ) -> None:
     """Write an adapter in any of `FORMATS`, atomically.
 
-    PEFT and LoCon files hold the factorization `"locon"`, loralib ones `"convlora"`; an adapter of another one is
-    brought to it by `Adapter.refactor`: without loss but for rounding, at the rank that this needs. What other
-    libraries then compute is theirs: PEFT ignores a convolution's dilation and `padding_mode`. Copies of modules go to
-    PEFT (`modules_to_save`). Fingerprints stay here.
+    PEFT, LoCon and diffusers files hold the factorization `"locon"`, loralib ones `"convlora"`; an adapter of another
+    one is brought to it by `Adapter.refactor`: without loss but for rounding, at the rank that this needs. PEFT has
+    places for `"dora"`, `"loha"` and `"lokr"` as they are, diffusers for `"dora"` and `"lokr"`, LoCon files, as LyCORIS
+    writes them, for all of these, `"dora_in"` and `"dense"`. What other libraries then compute is theirs: PEFT ignores
+    a convolution's dilation and `padding_mode`. Copies of modules go to PEFT (`modules_to_save`). Fingerprints stay
+    here.
 
     Args:
         adapter: what to write.
-        path: the file (`.safetensors`, or `.pt` for LoCon and loralib), or the folder of a PEFT adapter.
+        path: the file (`.safetensors`, or `.pt` for LoCon and loralib), or the folder of a PEFT adapter. diffusers
+            looks for `pytorch_lora_weights.safetensors` in a folder.
         format: one of `FORMATS`.
-        prefix: of the keys, for PEFT (`base_model.model.`; `""` as `inject_adapter_in_model` has it) and LoCon
-            (`lycoris`; kohya's scripts: `lora_unet`, …).
+        prefix: of the keys, for PEFT (`base_model.model.`; `""` as `inject_adapter_in_model` has it), LoCon
+            (`lycoris`; kohya's scripts: `lora_unet`, …) and diffusers (none; for a pipeline `unet`, …).
         alpha: for loralib, the one `lora_alpha` that all layers are to be built with; factors are rescaled to it.
         base: the state dict of the base, for PEFT, which saves whole modules: running statistics without the weight
             and bias beside them get those of the base. PEFT adapts `nn.MultiheadAttention` as a whole: it also tells
@@ -164,15 +182,15 @@ def write(
     if not isinstance(adapter, Adapter):
         raise ConvLoRAError(f"write: expected an Adapter, got {type(adapter).__name__}; see convlora.adapter(model)")
     place, kind = _path("write", path), _known("write", format)
-    if prefix is not None and (kind not in ("peft", "locon") or not isinstance(prefix, str)):
-        raise ConvLoRAError(f"write: prefix (={prefix!r}) must be a string, for peft or locon files")
+    if prefix is not None and (kind not in ("peft", "locon", "diffusers") or not isinstance(prefix, str)):
+        raise ConvLoRAError(f"write: prefix (={prefix!r}) must be a string, for peft, locon or diffusers files")
     if alpha is not None and kind != "loralib":
         raise ConvLoRAError(f"write: alpha= is for loralib files; {kind} states that of each layer")
     if base is not None and (kind != "peft" or not isinstance(base, Mapping)):
         raise ConvLoRAError("write: base= must be the base's state dict, for peft directories")
     if not overwrite and (any(place.iterdir()) if os.path.isdir(place) else os.path.lexists(place)):
         raise ConvLoRAError(f"write: '{path}' exists; overwrite=True replaces it")
-    if adapter.modules and kind in ("locon", "loralib"):
+    if adapter.modules and kind in ("locon", "loralib", "diffusers"):
         raise ConvLoRAError(
             f"write: a {kind} file holds no copies of modules, and the adapter has some of {len(adapter.modules)}"
             f" (first: '{next(iter(adapter.modules))}'); write convlora or peft"
@@ -183,6 +201,8 @@ def write(
         peft.write(adapter, place, prefix, base)
     elif kind == "locon":
         locon.write(adapter, place, prefix)
+    elif kind == "diffusers":
+        peft.write_file(adapter, place, prefix)
     else:
         loralib.write(adapter, place, alpha)
 

@@ -10,7 +10,7 @@ patterns of `attn`. Two things are otherwise than for other layers, and a file m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -65,6 +65,14 @@ def why_not_in_peft(path: str, layer: LayerFactors) -> str | None:
         return "is of the model itself, which PEFT cannot adapt"
     if BIAS_DELTA in layer.tensors and bool(layer.tensors[BIAS_DELTA].ne(0).any()):
         return "has a bias delta, which PEFT leaves out of an attention's input projection"
+    return None
+
+
+def why_no_attention(path: str, layer: LayerFactors, base: Container[str]) -> str | None:
+    """Why there is no place for a projection of attention where the whole module cannot be adapted; None for others."""
+    parent, _, last = path.rpartition(".")
+    if layer.spec.in_parent or (last == OUT and f"{parent}.{IN}_weight" in base):
+        return "is a projection of an attention, which only LoRA of PEFT adapts, as a whole"
     return None
 
 

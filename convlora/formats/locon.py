@@ -1,21 +1,23 @@
-"""A LoCon file, as LyCORIS and kohya's scripts write it: one file of tensors, without a config.
+"""An adapter in one file of tensors, as LyCORIS, kohya's scripts, ComfyUI and diffusers write it.
 
-Keys are `<name>.lora_down.weight` `(r, in/groups, *kernel)`, `<name>.lora_up.weight` `(out, r, 1…)` and `<name>.alpha`,
-one number: the factorization `"locon"` with scale `alpha / r`; no alpha, or 0, means r. Tucker files have a down of
-kernel 1 and `<name>.lora_mid.weight` `(r, r, *kernel)`, `ΔW = einsum('or,rskl,si->oikl', up, mid, down)`, which is a
-LoCon with `A = einsum('rskl,si->rikl', mid, down)`.
+A key is a name of a layer and a part of its update: names.py has the spellings, updates.py what the parts mean. LoCon:
+`<name>.lora_down.weight` `(r, in/groups, *kernel)`, `<name>.lora_up.weight` `(out, r, 1…)` and `<name>.alpha`, one
+number: the factorization `"locon"` with scale `alpha / r`; no alpha, or 0, means r.
 
-A name is `<prefix>_<layer path with _ for each dot>`, so it does not say the path; the layers of the base do. Files of
-this library name them in `__metadata__`, under `convlora.layers`.
+diffusers has PEFT's tensors, `<path>.lora_A.weight` and `.lora_B.weight`, and PEFT's config as JSON in `__metadata__`,
+under `lora_adapter_metadata`; in the file of a pipeline, names and the fields of the config begin with the network's
+name: `unet.`. Files of older versions, and tensors of PEFT without their config, state no scale at all.
+
+Names of kohya's scripts and of LyCORIS are `<prefix>_<layer path with _ for each dot>`, which does not say the path;
+the layers of the base do. Files of this library name them in `__metadata__`, under `convlora.layers`.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,202 +27,200 @@ from convlora.adapter.algebra import assemble, with_linear_scaling
 from convlora.adapter.file import layers_from_json, layers_to_json
 from convlora.adapter.parts import BIAS_DELTA, LayerFactors
 from convlora.config import AdapterConfig, is_number
-from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
+from convlora.errors import ConvLoRAError, Problems
 from convlora.factors.base import WeightSpec
+from convlora.formats.names import flat, other_key, resolve, split_key, why_refused, within, without_prefix
+from convlora.formats.peft import METADATA, Settings, settings_by_network
 from convlora.formats.tensors import read_tensors, write_tensors
-from convlora.support.patterns import nearest_names
+from convlora.formats.updates import (
+    MAGNITUDE,
+    Update,
+    in_one_form,
+    kind_of,
+    missing_parts,
+    stated_alpha,
+    update_of,
+    with_scaled_bias,
+)
 
 PREFIX, LAYERS = "lycoris", "convlora.layers"
-_FOLDED = 64  # a Tucker file's factor, folded, over its parts: at most the kernel's size, 9 to 49 for images
-PREFIXES = ("lycoris", "lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_transformer", "lora")
-
-_DOWN, _UP, _MID, _ALPHA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha"
-_FOREIGN = {
-    "dora_scale": "DoRA rescales the whole weight",
-    "hada_": "LoHa is a product of low-rank updates, element by element",
-    "lokr_": "LoKr is a Kronecker product",
-    "oft_": "OFT rotates the weight",
-    "diff": "it holds whole differences; Adapter.extract fits factors to two checkpoints",
-    "w_norm": "it holds the weights of norms",
-    "b_norm": "it holds the biases of norms",
-}
+FOLDER_FILE = "pytorch_lora_weights.safetensors"  # of diffusers
+FOLDER_FILES = (FOLDER_FILE, "pytorch_lora_weights.bin")
+_BARE = ("lora_A", "lora_B")  # PEFT's names, which leave the scale to a config
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def recognises(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are a file of LyCORIS or kohya's scripts, one that can be read or not."""
-    return any(name.partition(".")[2].startswith(("lora_down", "lora_up", "hada_", "lokr_", "oft_")) for name in names)
+def recognises(names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
+    """`locon` or `diffusers`, if these are tensors of an adapter in one file, one that can be read or not."""
+    names = set(names)
+    found = [name for name in names if _is_part(name) or _is_refused(name, names)]
+    if found and (METADATA in metadata or any(f".{bare}." in name for name in found for bare in _BARE)):
+        return "diffusers"
+    return "locon" if found else None
 
 
-def read(path: str | os.PathLike[str], layers: Mapping[str, WeightSpec] | None) -> Adapter:
-    """Read a LoCon file; see `convlora.formats.read`."""
+def in_folder(folder: Path) -> Path | None:
+    """The file that diffusers looks for in a folder, if it is there."""
+    return next((folder / name for name in FOLDER_FILES if os.path.isfile(folder / name)), None)
+
+
+def _is_part(name: str) -> bool:
+    split = split_key(name)
+    return split is not None and split[1] != "alpha"
+
+
+def _is_refused(name: str, names: Container[str]) -> bool:
+    """Whether a tensor is one of a method that is refused: a plain layer may be called `a1` as well as a part."""
+    plain = name.endswith(".weight") and f"{name.rsplit('.', 2)[0]}.alpha" not in names
+    return not plain and why_refused(name) is not None
+
+
+def read(
+    path: str | os.PathLike[str],
+    layers: Mapping[str, WeightSpec] | None,
+    alpha: float | None = None,
+    prefix: str | None = None,
+) -> Adapter:
+    """Read an adapter in one file; see `convlora.formats.read`."""
     tensors, metadata = read_tensors(path)
     stated = layers_from_json(metadata[LAYERS]) if LAYERS in metadata else {}
-    own = _by_name(tensors)
+    networks = settings_by_network(metadata[METADATA]) if METADATA in metadata else {}
+    prefix, settings = _network(networks, prefix)
+    own, keys = _by_name({rest: tensors[key] for key, rest in within(tensors, prefix or "").items()})
+    _check_scales(own, keys, settings, alpha)
     base = layers if layers is not None else {p: layer.spec for p, layer in stated.items()}
-    paths = _resolve(own, base) if base or layers is not None else _without_prefix(own)
-    read_layers = {}
+    paths = resolve(own, base) if base or layers is not None else without_prefix(own, prefix is not None)
+    scaling = settings.scaling if settings else "linear"
+    config = AdapterConfig(targets="*", factors="locon", rank_scaling=scaling)
+    updates: dict[str, Update] = {}
     for name, parts in own.items():
-        layer = _layer(name, parts, base.get(paths[name]))
-        aliases = stated[paths[name]].aliases if paths[name] in stated else ()
-        read_layers[paths[name]] = replace(layer, aliases=aliases)
-    return assemble(Adapter, AdapterConfig(targets="*", factors="locon"), read_layers)
+        layer_path, rank = paths[name], None
+        given = stated_alpha(f"{name}.alpha", parts["alpha"]) if "alpha" in parts else alpha
+        if settings is not None:
+            rank, given = settings.of_layer(name, parts)
+        whole = with_scaled_bias(parts, config, given)
+        update = update_of(name, whole, base.get(layer_path), given, stated_rank=rank, known=layers is not None)
+        aliases = stated[layer_path].aliases if layer_path in stated else ()
+        updates[layer_path] = replace(update, layer=replace(update.layer, aliases=aliases))
+    if settings is not None:
+        settings.check_kinds(updates)
+    factors, read_layers = in_one_form(updates, layers is not None)
+    return assemble(Adapter, config.replace(factors=factors), read_layers)
 
 
-def _by_name(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Name -> suffix -> values, with a down and an up each."""
+def _network(networks: Mapping[str, Settings], prefix: str | None) -> tuple[str | None, Settings | None]:
+    """The prefix of the names that are read, and the config that the metadata has for them."""
+    if not networks or prefix is not None:
+        return prefix, networks.get((prefix or "").rstrip("._"))
+    if len(networks) > 1:
+        shown = ", ".join(map(repr, networks))
+        raise ConvLoRAError(f"the file is of several networks, {shown}: prefix= reads one of them")
+    [(name, settings)] = networks.items()
+    return name or None, settings
+
+
+def _by_name(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """Name -> part -> values, with no part missing; and name -> one of its keys."""
     own: dict[str, dict[str, Tensor]] = {}
+    keys: dict[str, str] = {}
     problems = Problems()
-    for full, tensor in tensors.items():
-        name, _, suffix = full.partition(".")
-        for start, reason in _FOREIGN.items():
-            if suffix.startswith(start):
-                raise ConvLoRAError(f"'{full}': {reason}, which LoCon factors do not express")
-        if suffix in (_DOWN, _UP, _MID, _ALPHA):
-            own.setdefault(name, {})[suffix] = tensor
-        else:
-            problems.unexpected.append(full)
-        if not tensor.is_floating_point():
-            problems.mismatched.append(f"{full} {tensor.dtype} instead of floating point")
-    problems.missing += [f"{name}.{part}" for name, parts in own.items() for part in (_DOWN, _UP) if part not in parts]
+    for key, tensor in tensors.items():
+        if reason := why_refused(key):
+            raise ConvLoRAError(f"'{key}': {reason}, which no factorization here expresses")
+        split = split_key(key)
+        if split is None:
+            problems.unexpected.append(key)
+            continue
+        name, part = split
+        if part in own.setdefault(name, {}):
+            raise ConvLoRAError(f"'{key}' is the {part} of '{name}', which has one already")
+        own[name][part] = tensor
+        if part != "alpha":
+            keys[name] = key
+        if not tensor.is_floating_point() and not (part == "alpha" and tensor.dtype in _INTEGERS):
+            problems.mismatched.append(f"{key} {tensor.dtype} instead of floating point")
+    for name, parts in own.items():
+        kind = kind_of(name, parts)
+        if kind is not None:
+            problems.missing += [other_key(keys[name], part) for part in missing_parts(parts, kind)]
+        elif "diff_b" not in parts:
+            problems.unexpected += [f"{name}.{part} alone" for part in parts]
     problems.raise_if_any("LoCon")
-    return own
+    return own, keys
 
 
-def _layer(name: str, parts: Mapping[str, Tensor], spec: WeightSpec | None) -> LayerFactors:
-    down, up, rank = parts[_DOWN], parts[_UP], parts[_UP].shape[1] if parts[_UP].dim() > 1 else 0
-    if _MID in parts:
-        down = _fold(name, parts[_MID], down)
-    if (
-        0 in (rank, *up.shape, *down.shape)
-        or not 2 <= down.dim() <= 5
-        or up[0].numel() != rank
-        or down.shape[0] != rank
-    ):
-        shapes = ", ".join(f"{suffix} {tuple(tensor.shape)}" for suffix, tensor in parts.items())
-        raise ConvLoRAError(f"'{name}' has {shapes}, which do not fit together")
-    if spec is not None and spec.transposed:
-        raise ConvLoRAError(f"'{name}' is a transposed convolution in the base, for which LoCon has no factors")
-    if spec is None:
-        spec = WeightSpec((up.shape[0], *down.shape[1:]))
-    point = math.prod(down.shape[2:]) == 1
-    tensors = {
-        "lora_A": down.flatten(1) if point else down,
-        "lora_B": up.reshape(-1, rank, *[1] * (0 if point else down.dim() - 2)),
-    }
-    return LayerFactors(tensors, spec, rank, _alpha(name, parts.get(_ALPHA), rank))
-
-
-def _fold(name: str, mid: Tensor, down: Tensor) -> Tensor:
-    """A down of the whole kernel in place of a Tucker one."""
-    shapes = f"'{name}' has a mid {tuple(mid.shape)} and a down {tuple(down.shape)}"
-    if not 3 <= mid.dim() <= 5 or mid.shape[1] != down.shape[0] or down.dim() < 2 or down[0].numel() != down.shape[1]:
-        raise ConvLoRAError(shapes)
-    if mid.shape[0] * down.shape[1] * math.prod(mid.shape[2:]) > _FOLDED * (mid.numel() + down.numel()):
-        raise ConvLoRAError(f"{shapes}, which make a factor of more than {_FOLDED} times their size")
-    folded = torch.einsum("rs...,si->ri...", mid.double(), down.flatten(1).double())
-    return folded.to(torch.promote_types(down.dtype, torch.float32))
-
-
-def _alpha(name: str, alpha: Tensor | None, rank: int) -> float:
-    if alpha is None:
-        return float(rank)
-    value = float(alpha) if alpha.numel() == 1 else None
-    if not is_number(value):
-        stated = alpha.item() if alpha.numel() == 1 else f"a tensor {tuple(alpha.shape)}"
-        raise ConvLoRAError(f"'{name}.{_ALPHA}' is {stated} instead of one finite number")
-    return value or float(rank)
-
-
-# --- names and paths ---------------------------------------------------------------------------------------------
-
-
-def flat(path: str, prefix: str) -> str:
-    """The name of a layer in a file.
-
-    Example:
-        >>> flat("body.0.conv", "lycoris")
-        'lycoris_body_0_conv'
-    """
-    return f"{prefix}_{path}".replace(".", "_") if prefix else path.replace(".", "_")
-
-
-def _resolve(names: Collection[str], layers: Mapping[str, WeightSpec]) -> dict[str, str]:
-    """Name -> layer path, by the one prefix with which all names are those of layers."""
-    paths: dict[str, list[str]] = {}
-    for path in layers:
-        paths.setdefault(flat(path, ""), []).append(path)
-    first = next(iter(names), "")
-    prefixes = [first[: len(first) - len(f)] for f in paths if first.endswith(f)]
-    prefixes = [prefix for prefix in prefixes if prefix == "" or prefix.endswith("_")]
-    fitting = [prefix for prefix in prefixes if all(_rest(name, prefix) in paths for name in names)]
-    known = [prefix for prefix in fitting if prefix[:-1] in PREFIXES]
-    if not fitting:
-        closest = max([*prefixes, *(f"{p}_" for p in PREFIXES)], key=lambda p: sum(_rest(n, p) in paths for n in names))
-        unknown = sorted(name for name in names if _rest(name, closest) not in paths)
+def _check_scales(
+    own: Mapping[str, Mapping[str, Tensor]], keys: Mapping[str, str], settings: Settings | None, alpha: float | None
+) -> None:
+    """That the scale of each layer is stated once: by its alpha, in the metadata, or by the caller."""
+    if alpha is not None and not is_number(alpha):
+        raise ConvLoRAError(f"alpha (={alpha!r}) must be a finite number")
+    stating = [name for name, parts in own.items() if "alpha" in parts]
+    scaled = [name for name, parts in own.items() if kind_of(name, parts) not in ("dense", None)]
+    silent = [name for name in scaled if "alpha" not in own[name]]
+    if settings is not None and stating:
+        raise ConvLoRAError(f"'{stating[0]}.alpha' and {METADATA} both state a scale: which one is meant?")
+    if alpha is not None and (settings is not None or not silent):
+        raise ConvLoRAError("rank= and alpha= are for files that do not state them; this one does")
+    bare = [name for name in silent if any(f".{part}." in keys[name] for part in _BARE)]
+    if bare and settings is None and alpha is None:
         raise ConvLoRAError(
-            f"no layer of the base has these names: {', '.join(unknown)}; "
-            f"{nearest_names(unknown[0].removeprefix(closest), paths)}"
+            f"'{keys[bare[0]]}' has no scale: neither an alpha, nor {METADATA} in the file, nor PEFT's"
+            " adapter_config.json beside it; give alpha=, the lora_alpha of its training (its rank, for a scale of 1)"
         )
-    if len(known or fitting) > 1:
-        readings = " or ".join(repr(paths[first.removeprefix(prefix)][0]) for prefix in known or fitting)
-        raise ConvLoRAError(f"the prefix of the names is ambiguous: '{first}' can be {readings}; rename the keys")
-    prefix = (known or fitting)[0]
-    for name in names:
-        if len(paths[name.removeprefix(prefix)]) > 1:
-            alike = " and ".join(map(repr, paths[name.removeprefix(prefix)]))
-            raise ConvLoRAError(f"'{name}' is the name of {alike}: a LoCon file cannot tell them apart")
-    return {name: paths[name.removeprefix(prefix)][0] for name in names}
-
-
-def _rest(name: str, prefix: str) -> str | None:
-    return name[len(prefix) :] if name.startswith(prefix) else None
-
-
-def _without_prefix(names: Collection[str]) -> dict[str, str]:
-    """Name -> what is left without a known prefix: the layer path, but for its dots."""
-    prefixes = sorted((f"{prefix}_" for prefix in PREFIXES), key=len, reverse=True)
-    paths = {name: name.removeprefix(next(filter(name.startswith, prefixes), "")) for name in names}
-    if len(set(paths.values())) < len(paths):
-        paths = {name: name for name in names}
-    if any("_" in path for path in paths.values()):
-        warnings.warn(
-            "read: a LoCon file does not say where the dots of its layer paths are; layers= of the base does",
-            ConvLoRAWarning,
-            stacklevel=4,
-        )
-    return paths
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
 
+_NAMES = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", MAGNITUDE: "dora_scale", BIAS_DELTA: "diff_b"}
+WRITTEN = ("locon", "dora", "dora_in", "loha", "lokr", "dense")  # the factorizations that such a file holds
+
 
 def write(adapter: Adapter, path: str | os.PathLike[str], prefix: str | None) -> None:
-    """Write a LoCon file; see `convlora.formats.write`."""
-    layers = with_linear_scaling(adapter.refactor("locon"))
+    """Write a file of LyCORIS; see `convlora.formats.write`."""
+    adapter = adapter if adapter.config.factors in WRITTEN else adapter.refactor("locon")
+    layers = with_linear_scaling(adapter)
     names = {layer_path: flat(layer_path, PREFIX if prefix is None else prefix) for layer_path in layers}
     tensors: dict[str, Tensor] = {}
     for layer_path, layer in layers.items():
-        _check(layer_path, layer)
+        _check(layer_path, layer, adapter.config.factors)
         name = names[layer_path]
-        if f"{name}.{_DOWN}" in tensors:
+        if any(key.startswith(f"{name}.") for key in tensors):
             alike = " and ".join(repr(p) for p in layers if names[p] == name)
             raise ConvLoRAError(f"write: {alike} are both '{name}' in a LoCon file; write another format")
-        point = (1,) * (len(layer.spec.shape) - 2)
-        up = layer.tensors["lora_B"].reshape(layer.spec.out_channels, layer.rank, *point)
-        alpha = layer.alpha
-        if alpha == 0:  # which there means the rank
-            up, alpha = torch.zeros_like(up), float(layer.rank)
-        tensors[f"{name}.{_DOWN}"] = layer.tensors["lora_A"].reshape(layer.rank, *layer.spec.shape[1:])
-        tensors[f"{name}.{_UP}"] = up
-        tensors[f"{name}.{_ALPHA}"] = torch.tensor(float(alpha))
+        for part, tensor in _parts(layer, adapter.config.factors).items():
+            tensors[f"{name}.{part}"] = tensor
     write_tensors(path, tensors, {"format": "pt", LAYERS: layers_to_json(layers)})
 
 
-def _check(path: str, layer: LayerFactors) -> None:
+def _parts(layer: LayerFactors, factors: str) -> dict[str, Tensor]:
+    """The tensors of a layer by LyCORIS's names and in its shapes; what is scaled differently there is scaled here."""
+    spec, alpha = layer.spec, layer.alpha
+    tensors = {_NAMES.get(name, name): tensor for name, tensor in layer.tensors.items()}
+    first = {"loha": "hada_w1_a", "lokr": "lokr_w1", "dense": "diff"}.get(factors, "lora_up.weight")
+    unscaled = factors == "dense" or "lokr_w2" in tensors
+    if alpha == 0 or (unscaled and alpha != layer.rank):  # an alpha of 0 means the rank there; of these none counts
+        first_factor = tensors[first]
+        tensors[first] = (first_factor.double() * (alpha / layer.rank)).to(first_factor.dtype)
+        alpha = float(layer.rank)
+    if "lora_up.weight" in tensors:
+        point = [1] * len(spec.kernel)
+        tensors["lora_down.weight"] = tensors["lora_down.weight"].reshape(layer.rank, *spec.shape[1:])
+        tensors["lora_up.weight"] = tensors["lora_up.weight"].reshape(spec.out_channels, layer.rank, *point)
+    if "dora_scale" in tensors:
+        sides = (1, -1) if factors == "dora_in" else (-1, 1)
+        tensors["dora_scale"] = tensors["dora_scale"].reshape(*sides, *[1] * len(spec.kernel))
+    if factors != "dense":
+        tensors.pop("diff_b", None)  # zero, see _check
+        tensors["alpha"] = torch.tensor(float(alpha))
+    return tensors
+
+
+def _check(path: str, layer: LayerFactors, factors: str) -> None:
     reason = None
     if layer.spec.transposed:
         reason = "is a transposed convolution, which LyCORIS cannot adapt"
-    elif BIAS_DELTA in layer.tensors and bool(layer.tensors[BIAS_DELTA].ne(0).any()):
-        reason = "has a bias delta, for which LoCon has no place"
+    elif factors != "dense" and BIAS_DELTA in layer.tensors and bool(layer.tensors[BIAS_DELTA].ne(0).any()):
+        reason = "has a bias delta, which LyCORIS leaves out beside factors"
     if reason:
         raise ConvLoRAError(f"write: no LoCon file holds this adapter: '{path}' {reason}")

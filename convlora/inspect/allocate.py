@@ -93,6 +93,10 @@ def allocate_ranks(
             f"allocate_ranks: exclude {describe_target(target)} matches no layer", ConvLoRAWarning, stacklevel=2
         )
     factorization = get_factors(factors)
+    if getattr(factorization, "free_rank", False):
+        raise ConvLoRAError(
+            f"allocate_ranks: the rank of {factors!r} factors counts no components of ΔW; 'locon' has ranks to allocate"
+        )
     specs = {path: weight_spec(layer) for path, layer in layers.items()}
     prices = {path: _prices(factorization, spec, most) for path, spec in specs.items()}
     cheapest = min(prices, key=lambda path: prices[path][0])

@@ -35,7 +35,11 @@ class _Probe(LowRank):
         return self.zero
 
     def forward(
-        self, kind: str = "weight", dropout: bool | Tensor | None = True, strength: float | None = None
+        self,
+        kind: str = "weight",
+        dropout: bool | Tensor | None = True,
+        strength: float | None = None,
+        base: Tensor | None = None,
     ) -> Tensor:
         return self.zero
 

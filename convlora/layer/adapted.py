@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,7 @@ from convlora.layer.context import Choice, choosing
 from convlora.layer.copies import own_tensors
 from convlora.layer.forms import training_form_of
 from convlora.layer.loading import AdapterTensors
-from convlora.layer.projection import PROJECTED, Projection, home_of, projections_on
+from convlora.layer.projection import PROJECTED, Projection, base_parameter, home_of, projections_on
 from convlora.layer.sharded import is_managed, is_shard_root, is_sharded
 from convlora.layer.slot import Slot
 
@@ -152,7 +152,8 @@ def _reset_base(self: Any, reset: Callable[[Any], None]) -> None:
     for slot, _ in before:
         slot.active = ()
     try:
-        reset(self)
+        with _restarting(self):
+            reset(self)
     finally:
         for slot, active in before:
             slot.active = active
@@ -351,11 +352,36 @@ def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str,
     """A base checkpoint that comes after `inject` reaches the copies, too, while nothing was trained."""
     slot = slot_of(self)
     slots = [slot, *(slot_of(projection) for projection in projections_on(self))]
-    with choosing(slots, Choice({})):  # what `assign=True` assigns is the base's
+    with _restarting(self, state_dict, prefix), choosing(slots, Choice({})):  # what `assign=True` assigns is the base's
         self._convlora_base._load_from_state_dict(self, state_dict, prefix, *rest)
     for name, copies in slot.copies().items():
         if not any(key.startswith(f"{prefix}{CHILD}.{name}.") for key in state_dict):
             copies.follow_base(own_tensors(self))
+
+
+@contextlib.contextmanager
+def _restarting(module: Any, keys: Iterable[str] = (), prefix: str = "") -> Iterator[None]:
+    """Factors that depend on the base weight start anew on the one that the block brings, while nothing was trained.
+
+    `keys`: of a checkpoint that comes, in which those of the module begin with `prefix`; with factors in it they go on.
+    """
+    layers = [(prefix, module), *((f"{prefix}{layer.name}.", layer) for layer in projections_on(module))]
+    found = [
+        (base_parameter(layer, "weight"), layer, low_rank)
+        for start, layer in layers
+        for name, low_rank in slot_of(layer).low_ranks().items()
+        if low_rank.needs_weight and not any(key.startswith(f"{start}{CHILD}.{name}.") for key in keys)
+    ]
+    started = []
+    for weight, layer, low_rank in found:
+        sharded = any(map(is_sharded, (weight, *low_rank.parameters())))
+        if weight is not None and not sharded and (weight.is_meta or low_rank.is_at_start(weight)):
+            started.append((layer, low_rank))
+    yield
+    for layer, low_rank in started:
+        weight = base_parameter(layer, "weight")
+        if weight is not None and not any(tensor.is_meta for tensor in (weight, *low_rank.parameters())):
+            low_rank.reset_parameters(weight)
 
 
 def _register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:

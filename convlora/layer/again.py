@@ -45,6 +45,37 @@ def derived(value: Tensor, derive: Callable[[Tensor], Tensor]) -> Tensor:
     return new
 
 
+def forming_again(form: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`form(*tensors)`, of which autograd keeps the tensors alone and not what comes in between, which it forms again.
+
+    Example:
+        >>> gain = torch.ones(2, requires_grad=True)
+        >>> forming_again(lambda gain, mix: (gain * mix).exp(), gain, torch.zeros(2)).sum().backward()
+        >>> gain.grad.tolist()
+        [0.0, 0.0]
+    """
+    return _FormingAgain.apply(form, *tensors)  # type: ignore[no-any-return]
+
+
+class _FormingAgain(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, form: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        context.form = form
+        context.save_for_backward(*tensors)
+        return form(*tensors)
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> Any:
+        tensors, needed = context.saved_tensors, context.needs_input_grad[1:]
+        twice = torch.is_grad_enabled()  # a second derivative is wanted: it goes through the tensors themselves
+        if not twice:
+            tensors = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
+        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+        with torch.enable_grad():
+            found = iter(torch.autograd.grad(context.form(*tensors), wanted, grad, create_graph=twice))
+        return None, *(next(found) if need else None for need in needed)
+
+
 def forms_again() -> bool:
     """Whether backward can be had form things again: there is one, and nothing looks into the operations."""
     return (

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from convlora.config import AdapterConfig
-from convlora.factors.base import Factorization, WeightSpec, get_factors
+from convlora.factors.base import (
+    Factorization,
+    WeightSpec,
+    gains_of,
+    get_factors,
+    needs_weight,
+    start_factors,
+    update_of,
+)
+from convlora.layer.again import forming_again, forms_again
 from convlora.layer.loading import AdapterTensors
 from convlora.layer.sharded import full_tensor, sharded_like
 
@@ -19,9 +28,13 @@ _SAME_SCALE = 0.01  # relative: a checkpoint may have been cast to bfloat16, or 
 
 
 class LowRank(AdapterTensors):
-    """The factors of one adapter on one layer; calling it gives the scaled update of `weight` or `bias`."""
+    """The factors of one adapter on one layer; calling it gives the scaled update of `weight` or `bias`.
+
+    `base`: the layer's weight without adapters, where the factorization needs it to start (of a shard, the whole one).
+    """
 
     _gain: Tensor
+    _scale: Tensor
     _bias_gain: Tensor | None
     lora_bias: Tensor | None
 
@@ -35,12 +48,15 @@ class LowRank(AdapterTensors):
         device: torch.device,
         factors: Mapping[str, Tensor] | None = None,
         bias: bool = False,
+        base: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config, self.spec, self.rank, self.alpha = config, spec, rank, alpha
         self._factors = config.factors  # apart: a graph of PyTorch 2.7 stands on every field of a config that it reads
         self.strength = 1.0
-        self._has_bias = bias  # a plain attribute: asked at every read of a bias
+        self._has_bias = bias  # plain attributes: asked at every read of a bias or weight
+        self.needs_weight = needs_weight(self.factorization)
+        self._forms_again = bool(getattr(self.factorization, "forms_again", False))
         given = factors or {}
         self._tensors = tuple(self.factorization.shapes(spec, rank))
         for name, shape in self.factorization.shapes(spec, rank).items():
@@ -51,12 +67,13 @@ class LowRank(AdapterTensors):
         # Compiled models take the scale as a tensor, so that neither another strength nor another alpha recompiles.
         gain = torch.empty((), dtype=torch.float32, device=device)
         self.register_buffer("_gain", gain, persistent=False)
+        self.register_buffer("_scale", gain.clone(), persistent=False)
         self.register_buffer("_bias_gain", gain.clone() if bias else None, persistent=False)
         self.register_buffer(SCALE, None)
         if given:
             self.copy_(given)
         elif device.type != "meta":
-            self.reset_parameters()
+            self.reset_parameters(base)
         self.set_strength(1.0)
         self._state_scale()
 
@@ -80,12 +97,22 @@ class LowRank(AdapterTensors):
         """Tensor name -> parameter, `lora_bias` included where there is one."""
         return {name: p for name, p in self._parameters.items() if p is not None}
 
-    def reset_parameters(self) -> None:
-        """Start again from ΔW = 0."""
+    def reset_parameters(self, base: Tensor | None = None) -> None:
+        """Start again from ΔW = 0. Factors that depend on a weight without values yet (None) start once it has some."""
+        if self.needs_weight and base is None:
+            device = getattr(self, self._tensors[0]).device
+            base = torch.full(self.spec.shape, torch.nan, device=device)
+        factors: dict[str, Tensor] = {name: self._parameters[name] for name in self._tensors}  # type: ignore[misc]
         with torch.no_grad():
-            self.factorization.init_({name: self._parameters[name] for name in self._tensors}, self.config.init)  # type: ignore[misc]
+            start_factors(self.factorization, factors, self.config.init, self.spec, base)
             if self.lora_bias is not None:
                 self.lora_bias.zero_()
+
+    def is_at_start(self, base: Tensor) -> bool:
+        """Whether factors that depend on a base weight change nothing yet, or have not started for want of one."""
+        with torch.no_grad():
+            change = self(dropout=False, strength=1.0, base=base)
+        return not bool(change.any()) or bool(change.isnan().any())
 
     def copy_(self, factors: Mapping[str, Tensor]) -> None:
         """Take the values of other factors of the same shapes, in place."""
@@ -99,10 +126,15 @@ class LowRank(AdapterTensors):
         self.set_strength(self.strength)
         self._state_scale()
 
+    def _gains(self, strength: float) -> tuple[float, float]:
+        return gains_of(self.scale, strength, self.needs_weight)
+
     def set_strength(self, strength: float) -> None:
         self.strength = strength
         with torch.no_grad():
-            self._gain.fill_(strength * self.scale)
+            outside, inside = self._gains(strength)
+            self._gain.fill_(outside)
+            self._scale.fill_(inside)
             if self._bias_gain is not None:
                 self._bias_gain.fill_(strength)
 
@@ -119,9 +151,14 @@ class LowRank(AdapterTensors):
         return kept.to(self._gain.dtype) / (1 - p)
 
     def forward(
-        self, kind: str = "weight", dropout: bool | Tensor | None = True, strength: float | None = None
+        self,
+        kind: str = "weight",
+        dropout: bool | Tensor | None = True,
+        strength: float | None = None,
+        base: Tensor | None = None,
     ) -> Tensor:
-        """The update at its strength, or at the one given. `dropout` may be a `mask` to use."""
+        """The update at its strength, or at the one given. `dropout` may be a `mask` to use; `base` is for factors that
+        need the base weight."""
         # A compiled graph takes strength and scale from tensors and reads no number that a hot swap changes.
         as_tensor = strength is None and torch.compiler.is_compiling()
         if strength is None and not as_tensor:
@@ -135,15 +172,26 @@ class LowRank(AdapterTensors):
             keep = dropout if isinstance(dropout, Tensor) else self._mask()
             factors = self.factorization.drop(factors, keep)
         # Eager ones take the number: a backward that comes after another `activate` must not find the tensor changed.
-        gain = self._gain if strength is None else strength * self.scale
-        return self.spec.from_convolution(self.factorization.delta(factors, self.spec)) * gain
+        outside, inside = (self._gain, self._scale) if strength is None else self._gains(strength)
+        if not self._forms_again or torch.compiler.is_compiling() or not forms_again():
+            return update_of(self.factorization, factors, self.spec, inside, base) * outside
 
-    def in_float64(self, kind: str) -> Tensor:
+        def form(*tensors: Tensor) -> Tensor:
+            weight = tensors[-1] if self.needs_weight else None
+            given = dict(zip(factors, tensors, strict=False))
+            return update_of(self.factorization, given, self.spec, inside, weight)
+
+        tensors = [*factors.values(), *([base] if self.needs_weight and base is not None else [])]
+        return forming_again(form, *tensors) * outside
+
+    def in_float64(self, kind: str, base: Tensor | None = None) -> Tensor:
         """The scaled update of `weight` or `bias`, computed in float64 and without dropout."""
         wide = {name: p.double() for name, p in self.factors().items()}
         if kind == "bias":
             return wide["lora_bias"] * self.strength
-        return self.spec.from_convolution(self.factorization.delta(wide, self.spec)) * (self.strength * self.scale)
+        weight = base.double() if self.needs_weight and base is not None else None
+        outside, inside = self._gains(self.strength)
+        return update_of(self.factorization, wide, self.spec, inside, weight) * outside
 
     def tensor_names(self) -> Iterable[str]:
         return self.factors()
@@ -159,6 +207,7 @@ class LowRank(AdapterTensors):
         device = getattr(self, self._tensors[0]).device
         if self._gain.device != device:
             self._gain = torch.empty_like(self._gain, device=device)
+            self._scale = torch.empty_like(self._scale, device=device)
             if self._bias_gain is not None:
                 self._bias_gain = torch.empty_like(self._bias_gain, device=device)
             self.set_strength(self.strength)

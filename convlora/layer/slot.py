@@ -232,7 +232,8 @@ class Slot(nn.Module):
                 return last
             return torch.lerp(base, last, copies[0].gain.to(base.dtype))  # the copy itself at strength 1
         mixed = [difference(base, entry.tensor(kind), 1.0) * entry.gain for entry in copies]
-        return fuse_weight(base, [*(low_rank(kind, not self.merged, None) for low_rank in updates), *mixed])
+        acting: Acting = [(low_rank, None) for low_rank in updates]
+        return fuse_weight(base, [*_updates(base, kind, acting, not self.merged, ()), *mixed])
 
     def _moving(self, copies: list[TensorCopies]) -> TensorCopies:
         """In train mode a module writes its buffers: those of the one adapter that trains.
@@ -361,14 +362,14 @@ class Slot(nn.Module):
         exact: bool = False,
         masks: Sequence[Tensor | None] = (),
     ) -> Tensor:
-        base, mixed = mixture(base, [(entry.tensor(kind), share) for entry, share in copies], exact)
+        start, mixed = mixture(base, [(entry.tensor(kind), share) for entry, share in copies], exact)
         if exact:
-            return fuse_weight_exactly(base, [*(low_rank.in_float64(kind) for low_rank, _ in acting), *mixed])
+            return fuse_weight_exactly(start, [*(low_rank.in_float64(kind, base) for low_rank, _ in acting), *mixed])
         device = base.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return fuse_weight(base, [*_updates(kind, acting, dropout, masks), *mixed])
-        return fuse_weight(base, [*_updates(kind, acting, dropout, masks), *mixed])
+                return fuse_weight(start, [*_updates(base, kind, acting, dropout, masks), *mixed])
+        return fuse_weight(start, [*_updates(base, kind, acting, dropout, masks), *mixed])
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._fused.clear()
@@ -382,10 +383,13 @@ class Slot(nn.Module):
         return self
 
 
-def _updates(kind: str, acting: Acting, dropout: bool, masks: Sequence[Tensor | None]) -> list[Tensor]:
-    """What each adapter adds. Called as modules, so that hooks (FSDP2 unshards in one) run."""
+def _updates(base: Tensor, kind: str, acting: Acting, dropout: bool, masks: Sequence[Tensor | None]) -> list[Tensor]:
+    """What each adapter adds to the base. Called as modules, so that hooks (FSDP2 unshards in one) run."""
     drops: Sequence[Tensor | bool | None] = masks or [dropout] * len(acting)
-    return [low_rank(kind, drop, strength) for (low_rank, strength), drop in zip(acting, drops, strict=True)]
+    return [
+        low_rank(kind, drop, strength, base if low_rank.needs_weight else None)
+        for (low_rank, strength), drop in zip(acting, drops, strict=True)
+    ]
 
 
 def _is_lasting(tensor: Tensor) -> bool:

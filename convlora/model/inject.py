@@ -272,11 +272,12 @@ def place_adapter(
         check_adaptable(p.path, p.layer, "inject")
     with torch.inference_mode(False):  # factors are to be trained and switched outside it, too
         for p in plan:
-            device = peek_base_tensor(p.layer, "weight").device
+            base = peek_base_tensor(p.layer, "weight")
             try:
                 low_rank = LowRank(
-                    config, p.spec, rank=p.rank, alpha=p.alpha, device=device, factors=p.factors, bias=p.bias
-                )
+                    config, p.spec, rank=p.rank, alpha=p.alpha, device=base.device, factors=p.factors, bias=p.bias,
+                    base=base,
+                )  # fmt: skip
             except (RuntimeError, TypeError, OverflowError) as error:
                 raise ConvLoRAError(f"inject: no factors of rank {p.rank} for '{p.path}' ({error})") from error
             made.append((p.path, p.layer, low_rank))

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from convlora.adapter.adapter import Adapter
-from convlora.adapter.algebra import padded
+from convlora.adapter.algebra import can_be_resized, padded, why_not_padded
 from convlora.adapter.cast import cast_adapter
 from convlora.adapter.fingerprint import base_fingerprint, compare_bases
 from convlora.adapter.naming import describe_prefix, other_prefixes
 from convlora.adapter.parts import LayerFactors, tensor_key
 from convlora.errors import ConvLoRAError, ConvLoRAWarning, Problems
-from convlora.factors.base import WeightSpec
+from convlora.factors.base import WeightSpec, get_factors, needs_weight
 from convlora.factors.fuse import is_finite
 from convlora.layer.adapted import (
     Adapted,
@@ -219,7 +219,9 @@ def _warn_of_another_base(loaded: Adapter, layers: Sequence[nn.Module], note: st
     found = compare_bases(loaded.fingerprint, _base_weights(adapted))
     if found.kind in ("precision", "other"):
         where = "the model has" if found.kind == "precision" else "the adapter was trained on"
-        warnings.warn(f"load: {where} {found}{note}", ConvLoRAWarning, stacklevel=3)
+        dependent = found.kind == "other" and needs_weight(get_factors(loaded.config.factors))
+        change = f", and the change that {loaded.config.factors!r} factors make is another on it" if dependent else ""
+        warnings.warn(f"load: {where} {found}{change}{note}", ConvLoRAWarning, stacklevel=3)
 
 
 def _place(
@@ -259,7 +261,7 @@ def _swap(
         if isinstance(entry, TensorCopies):
             entry.swap(own_tensors(module), config)
         elif isinstance(entry, LowRank):
-            entry.reset_parameters()
+            entry.reset_parameters(full_tensor(peek_base_tensor(module, "weight")))
             entry.configure(config, entry.alpha)
 
 
@@ -268,6 +270,7 @@ def _swap_remedy(loaded: Adapter, present: Mapping[str, nn.Module], name: str) -
         return ""
     ranks = [low_rank.rank for m in present.values() if (low_rank := slot_of(m).low_ranks().get(name)) is not None]
     too_high = ranks and any(layer.rank > min(ranks) for layer in loaded.layers.values())
+    too_high = too_high and can_be_resized(loaded.config.factors)
     lower = f", Adapter.resize(rank={min(ranks)}) lowers its ranks" if too_high else ""
     return f"; adapter {name!r} is on the model already: name= loads beside it{lower}"
 
@@ -403,13 +406,7 @@ def _cannot_swap(layer: nn.Module, name: str, loaded: Adapter, factors: LayerFac
         return f"the file has {loaded.config.factors!r} factors, the model {low_rank.config.factors!r}"
     if set(low_rank.factors()) != set(factors.tensors):
         return f"the file has {sorted(factors.tensors)}, the model {sorted(low_rank.factors())}"
-    if factors.rank > low_rank.rank:
-        return f"the file has rank {factors.rank}, the adapter on the model rank {low_rank.rank}"
-    if factors.rank < low_rank.rank and not hasattr(low_rank.factorization, "join"):
-        return (
-            f"rank {factors.rank} on rank {low_rank.rank}, which {loaded.config.factors!r} factors cannot be padded to"
-        )
-    return None
+    return why_not_padded(loaded.config.factors, factors.spec, factors.rank, low_rank.rank)
 
 
 def _placement(path: str, layer: nn.Module, f: LayerFactors) -> Placement:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import FACTORS, NET_LAYERS, adapted_net, delta, net
+from oracle import FACTORS, NET_LAYERS, PRODUCTS, adapted_net, change, net
 from torch import nn
 
 import convlora
@@ -24,11 +24,13 @@ from convlora.layer.adapted import slot_of
 
 @pytest.mark.parametrize("factors", FACTORS)
 def test_delta_is_the_naive_one_with_its_scale(factors: str) -> None:
-    adapter = convlora.adapter(adapted_net(factors=factors, rank=2, alpha=6))
+    model = adapted_net(factors=factors, rank=2, alpha=6)
+    adapter, base = convlora.adapter(model), model.state_dict()
     for path, layer in adapter.layers.items():
-        expected = 3 * delta(factors, dict(layer.tensors), layer.spec)
-        torch.testing.assert_close(adapter.delta(path).double(), expected, rtol=1e-5, atol=1e-6)
-        assert adapter.delta(path).dtype == torch.float32
+        expected = change(factors, dict(layer.tensors), layer.spec, 3.0, base[f"{path}.weight"])
+        found = adapter.delta(path, base[f"{path}.weight"])
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+        assert found.dtype == torch.float32
 
 
 def test_delta_of_an_unknown_layer_names_the_known_ones() -> None:
@@ -143,7 +145,7 @@ def naive_share(before: Adapter, after: Adapter, layers: Iterable[str]) -> float
     return (lost / sum(float(before.delta(path).double().square().sum()) for path in layers)) ** 0.5
 
 
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", PRODUCTS)
 @pytest.mark.parametrize("scale", [1e-8, 3e-7])
 def test_what_underflows_is_told_by_its_share(factors: str, scale: float, tmp_path: Path) -> None:
     adapter = small(factors, scale)
@@ -174,7 +176,7 @@ def test_of_copies_and_bias_deltas_what_underflows_is_told() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", PRODUCTS)
 def test_rounding_alone_alarms_nobody(factors: str, dtype: torch.dtype) -> None:
     adapter = small(factors, 1e-2)
     assert naive_share(adapter, adapter.to(dtype), adapter.layers) < 0.005

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import FACTORS, NET_INPUT, adapted_net, delta, net, randomise
+from oracle import NET_INPUT, PRODUCTS, adapted_net, delta, net, randomise
 from strategies import specs
 from torch import Tensor, nn
 
@@ -83,7 +83,7 @@ def bitwise(one: Adapter, other: Adapter) -> bool:
 # --- combine ---------------------------------------------------------------------------------------------------------
 
 
-@given(st.sampled_from(FACTORS), ranks, ranks, numbers, numbers, numbers)
+@given(st.sampled_from(PRODUCTS), ranks, ranks, numbers, numbers, numbers)
 def test_combine_is_the_weighted_sum_of_dense_updates(
     factors: str, r: int, q: int, v: float, w: float, alpha: float
 ) -> None:
@@ -100,7 +100,7 @@ def test_combine_is_the_weighted_sum_of_dense_updates(
     assert "lora_bias" not in both.layers["c"].tensors
 
 
-@given(st.sampled_from(FACTORS), numbers, numbers, numbers)
+@given(st.sampled_from(PRODUCTS), numbers, numbers, numbers)
 def test_combine_is_linear_and_associative(factors: str, u: float, v: float, w: float) -> None:
     x, y, z = (make(factors, {"a": 1, "e": 2}) for _ in range(3))
     nested = Adapter.combine([Adapter.combine([x, y], [u, v]), z], [2, w])
@@ -109,13 +109,13 @@ def test_combine_is_linear_and_associative(factors: str, u: float, v: float, w: 
         torch.testing.assert_close(dense(nested, path), dense(flat, path), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", PRODUCTS)
 def test_combine_with_weight_one_keeps_every_bit(factors: str) -> None:
     one = make(factors, {"a": 2, "c": 1}, dtype=torch.float32, bias=True)
     assert bitwise(Adapter.combine([one], [1.0]), one)
 
 
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", PRODUCTS)
 def test_combined_adapter_acts_as_both_on_the_model(factors: str) -> None:
     model = net().eval()
     convlora.inject(model, ["0", "3", "6"], rank=2, alpha=3, factors=factors, name="rain", bias=True)
@@ -180,7 +180,7 @@ def test_combine_says_what_is_wrong() -> None:
 # --- resize ----------------------------------------------------------------------------------------------------------
 
 
-@given(st.sampled_from(FACTORS), specs(), st.integers(2, 4), st.data())
+@given(st.sampled_from(PRODUCTS), specs(), st.integers(2, 4), st.data())
 def test_resize_reaches_the_error_of_eckart_and_young(
     factors: str, spec: WeightSpec, r: int, data: st.DataObject
 ) -> None:
@@ -197,7 +197,7 @@ def test_resize_reaches_the_error_of_eckart_and_young(
     assert layer.rank <= small
 
 
-@given(st.sampled_from(FACTORS))
+@given(st.sampled_from(PRODUCTS))
 def test_a_higher_rank_never_has_a_larger_error(factors: str) -> None:
     adapter = make(factors, {"a": 5, "c": 5})
     errors = [adapter.resize(rank=r).errors for r in range(1, 6)]
@@ -206,7 +206,7 @@ def test_a_higher_rank_never_has_a_larger_error(factors: str) -> None:
         assert errors[-1][path] == 0
 
 
-@given(st.sampled_from(FACTORS), st.floats(0.01, 1))
+@given(st.sampled_from(PRODUCTS), st.floats(0.01, 1))
 def test_energy_keeps_its_share_with_the_fewest_components(factors: str, energy: float) -> None:
     adapter = make(factors, dict.fromkeys(SPECS, 4))
     resized = adapter.resize(energy=energy)
@@ -218,7 +218,7 @@ def test_energy_keeps_its_share_with_the_fewest_components(factors: str, energy:
             assert less.errors[path] ** 2 > 1 - energy
 
 
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", PRODUCTS)
 def test_resize_undoes_a_combination_of_one_adapter_with_itself(factors: str) -> None:
     one = make(factors, {"a": 2, "b": 1, "c": 1, "d": 2}, bias=True)
     lean = Adapter.combine([one, one, one], [0.5, 0.25, 0.25]).resize(energy=1)
@@ -228,7 +228,7 @@ def test_resize_undoes_a_combination_of_one_adapter_with_itself(factors: str) ->
         assert torch.equal(layer.tensors["lora_bias"], one.layers[path].tensors["lora_bias"])
 
 
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", PRODUCTS)
 def test_resize_leaves_layers_of_lower_rank_bitwise(factors: str) -> None:
     one = make(factors, {"a": 2, "d": 1}, alpha=5, scaling="sqrt", dtype=torch.float32)
     assert bitwise(one.resize(rank=2), one)
@@ -263,7 +263,7 @@ def test_resize_needs_one_limit_in_range(limits: dict[str, Any]) -> None:
         make("locon", {"a": 1}).resize(**limits)
 
 
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", PRODUCTS)
 def test_config_says_what_the_layers_are(factors: str, tmp_path: Any) -> None:
     """So that `inject(config=...)` gives the same shapes, and a file brings back the same adapter."""
     model = adapted_net(factors=factors, rank=2, ranks={"6": 1}, alphas={"3": 5}, bias=True)
@@ -300,9 +300,9 @@ def test_refactor_is_lossless(spec: WeightSpec, r: int, kinds: tuple[str, str]) 
         assert two.rank <= k_row * min(k_row, k_col) * r  # k²·r for k×k
 
 
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", PRODUCTS)
 def test_refactor_keeps_plain_lora_bitwise(factors: str) -> None:
-    (other,) = set(FACTORS) - {factors}
+    (other,) = set(PRODUCTS) - {factors}
     adapter = make(factors, {"d": 2, "f": 2}, alpha=5, dtype=torch.float32)
     assert bitwise(adapter.refactor(other), adapter)
     assert adapter.refactor(factors) is adapter
@@ -329,7 +329,7 @@ def _pair(factors: str = "convlora") -> tuple[dict[str, Tensor], dict[str, Tenso
     return dict(base), tuned
 
 
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", PRODUCTS)
 def test_extract_at_full_rank_reproduces_the_tuned_checkpoint(factors: str) -> None:
     base, tuned = _pair()
     adapter = Adapter.extract(base, tuned, energy=1, factors=factors)
@@ -340,7 +340,7 @@ def test_extract_at_full_rank_reproduces_the_tuned_checkpoint(factors: str) -> N
         torch.testing.assert_close(applied[name], value, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", PRODUCTS)
 def test_extract_finds_the_adapter_that_made_the_checkpoint(factors: str) -> None:
     model = adapted_net(factors=factors, rank=1, targets=["0", "6"], bias=True).double()
     base = {n: t for n, t in model.state_dict().items() if ".convlora." not in n}
@@ -426,6 +426,51 @@ def test_extract_reads_mixed_precision() -> None:
     base, tuned = _pair()
     adapter = Adapter.extract({n: t.half() if t.is_floating_point() else t for n, t in base.items()}, tuned, energy=1)
     assert {t.dtype for layer in adapter.layers.values() for t in layer.tensors.values()} == {torch.float32}
+
+
+# --- products and whole tensors --------------------------------------------------------------------------------------
+
+OTHERS = ("loha", "lokr", "dense")
+
+
+@pytest.mark.parametrize("target", [*PRODUCTS, "dense"])
+@pytest.mark.parametrize("factors", OTHERS)
+def test_the_update_of_every_factorization_that_sees_no_weight_is_had_in_others(factors: str, target: str) -> None:
+    adapter = make(factors, {"a": 2, "b": 1, "d": 2}, alpha=3, bias=True)
+    other = adapter.refactor(target)
+    for path, layer in adapter.layers.items():
+        torch.testing.assert_close(dense(other, path), dense(adapter, path), rtol=1e-9, atol=1e-9)
+        assert torch.equal(other.layers[path].tensors["lora_bias"], layer.tensors["lora_bias"])
+
+
+@pytest.mark.parametrize("factors", OTHERS)
+def test_a_rank_that_counts_nothing_is_not_cut(factors: str) -> None:
+    adapter = make(factors, {"a": 2})
+    with pytest.raises(convlora.ConvLoRAError, match=rf"resize: the rank of '{factors}' factors counts no components"):
+        adapter.resize(rank=1)
+    assert adapter.refactor("locon", rank=1).layers["a"].rank == 1
+    if factors != "dense":
+        with pytest.raises(convlora.ConvLoRAError, match="'join', or bring the adapter to 'locon' by refactor"):
+            Adapter.combine([adapter, adapter], [0.5, 0.5])
+        with pytest.raises(convlora.ConvLoRAError, match="give its class a method 'fit'"):
+            Adapter.extract(*_pair(), rank=1, factors=factors)
+
+
+@given(numbers, numbers)
+def test_whole_updates_add_up_exactly(v: float, w: float) -> None:
+    one, two = make("dense", {"a": 1, "b": 4}, alpha=2, bias=True), make("dense", {"b": 2, "d": 1}, scaling="sqrt")
+    both = Adapter.combine([one, two], [v, w])
+    for path in ("a", "b", "d"):
+        torch.testing.assert_close(dense(both, path), v * dense(one, path) + w * dense(two, path))
+
+
+def test_a_whole_update_is_extracted_without_loss() -> None:
+    base, tuned = _pair()
+    adapter = Adapter.extract(base, tuned, energy=1, factors="dense")
+    applied = adapter.apply_to(base)
+    assert set(adapter.errors.values()) == {0.0}
+    for name, value in tuned.items():
+        torch.testing.assert_close(applied[name], value, rtol=1e-14, atol=1e-14)
 
 
 # --- factorizations of users -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import copy
 import json
 import os
 import re
@@ -458,11 +459,11 @@ ERRORS = {  # likewise
     "convert rain% --to peft -o peft": "convert: 'peft' exists; --force overwrites it",
     "convert peft --to convlora -o peft/new%": "convert: 'peft/new%' is an input ('peft'); write to another place",
     "convert peft/adapter_config.json --to peft -o peft --force": "convert: 'peft' is an input ('peft/adapter_config",
-    "convert rain% --to peft -o out --factors convlora": "convert: peft files hold 'locon' factors only; leave ",
+    "convert rain% --to peft -o out --factors convlora": "convert: peft files hold 'locon' and 'dora' and",
     "convert rain% --to locon -o out%": "write: no LoCon file holds this adapter: ",
     "convert snow% --to locon -o out% --alpha 2": "write: --alpha is for loralib files",
-    "convert snow% --to convlora -o out% --prefix x": "write: prefix (='x') must be a string, for peft or locon",
-    "convert snow% --to convlora -o out% --rank 2": "read: --rank and --alpha are for loralib files",
+    "convert snow% --to convlora -o out% --prefix x": "write: prefix (='x') must be a string, for peft, locon",
+    "convert snow% --to convlora -o out% --rank 2": "read: --rank and --alpha are for files that do not state",
     "diff rain% gone%": "read: no file 'gone%'",
     "info span%": "read: 'span%' is no adapter of a known format",
     "info .": "read: the folder '.' has no adapter_config.json",
@@ -570,6 +571,41 @@ def test_diff_names_layers_of_other_weights(folder: Path) -> None:
     found = report("diff", "a.safetensors", "b.safetensors")
     assert (found["other_weights"], found["same_layers"], found["layers"]) == (["0"], False, {})
     assert out("diff", "a.safetensors", "b.safetensors") == "other weights: 0\n0 layers in both\n"
+
+
+def test_an_adapter_whose_update_depends_on_the_base_is_looked_at_with_it(folder: Path) -> None:
+    base = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    save_file(base.state_dict(), "base.safetensors")
+    for seed, name in enumerate(("one", "two")):
+        convlora.save(adapted(copy.deepcopy(base), ["0", "1"], seed, rank=1, factors="dora"), f"{name}.safetensors")
+    one, two = Adapter.read("one.safetensors"), Adapter.read("two.safetensors")
+    found = report("info", "one.safetensors")
+    assert (found["factors"], found["layers"]["0"]["norm"]) == ("dora", None)
+    assert re.search(r"^0 +8×3×3×3 .* –$", out("info", "one.safetensors"), re.MULTILINE)
+    known = report("info", "one.safetensors", "--base", "base.safetensors")["layers"]["0"]
+    change = one.delta("0", base[0].weight.detach())
+    assert known["norm"] == pytest.approx(float(change.norm()), rel=1e-5)
+    assert "diff without --base: the update of 'dora' factors" in fails("diff", "one.safetensors", "two.safetensors")
+    compared = report("diff", "one.safetensors", "two.safetensors", "--base", "base.safetensors")["layers"]["0"]
+    other = two.delta("0", base[0].weight.detach())
+    expected = float((change - other).norm() / max(change.norm(), other.norm()))
+    assert compared["distance"]["weight"] == pytest.approx(expected, rel=1e-5)
+    out("merge", "base.safetensors", "one.safetensors", "-o", "merged.safetensors")
+    assert same(load_file("merged.safetensors"), one.apply_to(load_file("base.safetensors")))
+    assert "depends on the base" in fails("resize", "one.safetensors", "--rank", "1", "-o", "out.safetensors")
+    out(
+        "extract",
+        "base.safetensors",
+        "merged.safetensors",
+        "--factors",
+        "dense",
+        "--energy",
+        "1",
+        "-o",
+        "whole.safetensors",
+    )
+    whole = Adapter.read("whole.safetensors")
+    torch.testing.assert_close(whole.delta("0"), change, rtol=1e-4, atol=1e-6)
 
 
 def test_layers_shows_what_inject_would_select(folder: Path) -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import FACTORS, delta
+from oracle import FACTORS, PRODUCTS, change
 from strategies import specs
 from torch import Tensor, nn
 
 import convlora
-from convlora.factors.base import WeightSpec, get_factors
+from convlora.factors.base import WeightSpec, gains_of, get_factors, needs_weight, start_factors, update_of
 from convlora.factors.convlora import ConvLoRAFactors
 from convlora.factors.locon import LoConFactors
 
@@ -24,26 +24,37 @@ def random_factors(factors: str, spec: WeightSpec, rank: int) -> dict[str, Tenso
     return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
 
-@given(specs(), st.integers(1, 3), st.sampled_from(FACTORS))
+ALL = (*FACTORS, "dora_in")
+
+
+@given(specs(), st.integers(1, 3), st.sampled_from(ALL))
 def test_delta_is_the_naive_one(spec: WeightSpec, rank: int, factors: str) -> None:
     factorization = get_factors(factors)
     tensors = {
         name: torch.randn(shape, dtype=torch.float64) for name, shape in factorization.shapes(spec, rank).items()
     }
-    ours = spec.from_convolution(factorization.delta(tensors, spec))
-    torch.testing.assert_close(ours, delta(factors, tensors, spec))
+    weight = torch.randn(spec.shape, dtype=torch.float64)
+    outside, inside = gains_of(0.5, 1.0, needs_weight(factorization))
+    ours = update_of(factorization, tensors, spec, inside, weight) * outside
+    torch.testing.assert_close(ours, change(factors, tensors, spec, 0.5, weight))
 
 
-@given(specs(), st.integers(1, 3), st.sampled_from(FACTORS), st.sampled_from(["default", "gaussian"]))
-def test_every_start_is_a_zero_update(spec: WeightSpec, rank: int, factors: str, init: str) -> None:
+STARTS = [(factors, init) for factors in ALL for init in get_factors(factors).inits]
+
+
+@given(specs(), st.integers(1, 3), st.sampled_from(STARTS), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_every_start_is_a_zero_update(spec: WeightSpec, rank: int, start: tuple[str, str], dtype: torch.dtype) -> None:
+    factors, init = start
     factorization = get_factors(factors)
     tensors = {name: torch.full(shape, torch.nan) for name, shape in factorization.shapes(spec, rank).items()}
-    factorization.init_(tensors, init)
-    assert bool(factorization.delta(tensors, spec).eq(0).all())
-    assert tensors["lora_A"].ne(0).any()
+    weight = torch.randn(spec.shape).to(dtype)
+    start_factors(factorization, tensors, init, spec, weight)
+    assert bool(update_of(factorization, tensors, spec, 0.3, weight).eq(0).all())
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert factors == "dense" or any(tensor.ne(0).any() for tensor in tensors.values())
 
 
-@given(specs(), st.integers(1, 3), st.sampled_from(FACTORS))
+@given(specs(), st.integers(1, 3), st.sampled_from([name for name in ALL if name not in ("dora", "dora_in")]))
 def test_rank_components_add_up(spec: WeightSpec, rank: int, factors: str) -> None:
     factorization = get_factors(factors)
     tensors = {
@@ -66,7 +77,7 @@ def test_locon_shapes_are_those_of_peft() -> None:
     assert shapes == {"lora_A": (4, 16, 3, 5), "lora_B": (48, 4, 1, 1)}
 
 
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", PRODUCTS)
 def test_linear_and_pointwise_layers_are_plain_lora(factors: str) -> None:
     for layer in (nn.Linear(16, 48), nn.Conv2d(16, 48, 1), nn.Conv3d(16, 48, 1), nn.ConvTranspose2d(16, 48, 1)):
         tensors = _factors(layer, factors, 4)

@@ -268,22 +268,25 @@ def test_layers_of_another_shape_are_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"algo": "loha"}, "LoHa is a product"),
-        ({"algo": "lokr"}, "LoKr is a Kronecker product"),
-        ({"algo": "diag-oft"}, "OFT rotates"),
-        ({"algo": "full"}, "whole differences"),
-        ({"dora_wd": True}, "DoRA rescales"),
-        ({"train_norm": True}, "of norms"),
+        ({"algo": "diag-oft"}, "oft_blocks': OFT rotates the weight"),
+        ({"algo": "diag-oft", "rescaled": True}, "oft_blocks': OFT rotates the weight"),
+        ({"algo": "boft"}, "oft_blocks': OFT rotates the weight"),
+        ({"algo": "ia3"}, "on_input': IA3 multiplies channels"),
+        ({"algo": "glora"}, "GLoRA multiplies the weight, too"),
+        ({"algo": "tlora"}, "T-LoRA takes another rank at each step"),
+        ({"train_norm": True}, "_norm': it is of a norm"),
     ],
 )
 def test_other_algorithms_of_lycoris_are_refused_by_name(
     options: dict[str, Any], reason: str, tmp_path: Path, lycoris: Any
 ) -> None:
     base = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8))
+    options = {"linear_dim": 2, "conv_dim": 2, **options}
     _, network = trained(lycoris, base, **options)
     network.save_weights(str(tmp_path / "rain.safetensors"), torch.float32, {})
-    with pytest.raises(ConvLoRAError, match=reason) as caught:
-        formats.read(tmp_path / "rain.safetensors", "locon", layers=formats.specs_of(base))
+    assert formats.detect(tmp_path / "rain.safetensors") == "locon"
+    with pytest.raises(ConvLoRAError, match=f"'lycoris_.*{reason}") as caught:
+        formats.read(tmp_path / "rain.safetensors", layers=formats.specs_of(base))
     assert "\n" not in str(caught.value)
 
 
@@ -301,7 +304,8 @@ MALFORMED: dict[str, tuple[dict[str, Tensor], str]] = {
     "alphas": ({"conv.alpha": torch.ones(2)}, "'conv.alpha' is a tensor (2,) instead of one finite number"),
     "NaN alpha": ({"conv.alpha": torch.tensor(math.nan)}, "'conv.alpha' is nan instead of one"),
     "infinite factors": ({"conv.lora_up.weight": torch.full((4, 2, 1, 1), math.inf)}, "non-finite: conv.lora_B"),
-    "integers": ({"conv.alpha": torch.tensor(2)}, "int64 instead of floating point"),
+    "truth for a number": ({"conv.alpha": torch.tensor(True)}, "torch.bool instead of floating point"),
+    "integers": ({"conv.lora_up.weight": torch.ones(4, 2, 1, 1, dtype=torch.int64)}, "int64 instead of floating point"),
     "complex": ({"conv.lora_up.weight": torch.ones(4, 2, 1, 1).cfloat()}, "torch.complex64 instead of floating point"),
 }
 

@@ -331,9 +331,9 @@ def test_what_peft_cannot_express_is_not_written(case: str, tmp_path: Path) -> N
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "use_dora: DoRA rescales the whole weight"),
+    "another method": ({"peft_type": "LOHA"}, "has peft_type 'LOHA', and 'body.conv' has locon factors"),
     "modules_to_save": ({"modules_to_save": "head"}, "modules_to_save is no list of names"),
-    "another type": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA"),
+    "another type": ({"peft_type": "IA3"}, "peft_type is 'IA3'; LORA, LOHA, LOKR are"),
     "no type": ({"peft_type": None}, "peft_type is None"),
     "trained biases": ({"bias": "lora_only"}, "bias is 'lora_only'"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the base's weights"),
@@ -361,7 +361,8 @@ def test_a_config_that_means_something_else_is_refused(case: str, tmp_path: Path
 
 
 KEYS: dict[str, tuple[str, Tensor, str]] = {
-    "dora": ("stem.lora_magnitude_vector", torch.ones(8), "DoRA rescales"),
+    "dora of one layer": ("stem.lora_magnitude_vector", torch.ones(8), "'stem' is DoRA (dora) and 'head' is locon"),
+    "magnitudes of another layer": ("stem.lora_magnitude_vector", torch.ones(6), "has magnitudes (6,) for a weight"),
     "embedding": ("stem.lora_embedding_A", torch.ones(2, 3), "embeddings are no convolutions"),
     "base layer": ("stem.base_layer.weight", torch.ones(8, 3, 3, 3), "unexpected: base_model.model.stem.base_layer"),
     "bias of A": ("stem.lora_A.bias", torch.ones(2), "unexpected"),

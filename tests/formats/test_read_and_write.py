@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:inject. the adapter has more par
 
 FILES = {  # format -> name of the file, or folder, to write
     "convlora": "rain.safetensors", "peft": "rain", "locon": "rain.safetensors", "loralib": "rain.safetensors",
+    "diffusers": "rain.safetensors",
 }  # fmt: skip
 
 
@@ -100,12 +101,14 @@ def test_an_adapter_of_another_base_is_refused(kind: str, tmp_path: Path) -> Non
 
 def test_options_of_other_formats_are_refused(tmp_path: Path) -> None:
     path, base = written(tmp_path, "locon")
-    refused(path, "rank= and alpha= are for loralib files", alpha=1)
-    refused(path, "format (='kohya') must be one of convlora, peft, locon, loralib", format="kohya")
+    refused(path, "rank= and alpha= are for files that do not state them", alpha=1)
+    refused(path, "rank= and alpha= are for files that do not state them", rank=1)
+    refused(path, "prefix (=3) must be a string, for locon or diffusers files", prefix=3)
+    refused(path, "format (='kohya') must be one of convlora, peft, locon, loralib, diffusers", format="kohya")
     refused(3, "path (=3) must be a string or a path")
     adapter = nets.adapter(base)
     for options, message in [
-        ({"prefix": "lora"}, "prefix (='lora') must be a string, for peft or locon files"),
+        ({"prefix": "lora"}, "prefix (='lora') must be a string, for peft, locon or diffusers files"),
         ({"format": "locon", "prefix": 3}, "prefix (=3) must be a string"),
         ({"format": "locon", "alpha": 3}, "alpha= is for loralib files"),
         ({"format": "zip"}, "format (='zip') must be one of"),
@@ -124,7 +127,9 @@ def test_adapter_read_and_load_point_to_the_other_formats(kind: str, tmp_path: P
     path, base = written(tmp_path, kind)
     before = snapshot(base)
     for call in (Adapter.read, lambda p: convlora.load(base, p)):
-        with pytest.raises(ConvLoRAError, match=r"convlora\.formats\.read reads those of PEFT, LoCon and loralib"):
+        with pytest.raises(
+            ConvLoRAError, match=r"convlora\.formats\.read reads those of PEFT, LyCORIS, diffusers and loralib"
+        ):
             call(path)
     assert snapshot(base) == before
 
@@ -133,9 +138,11 @@ def test_what_is_no_adapter_is_refused_by_name(tmp_path: Path) -> None:
     refused(tmp_path / "none.safetensors", "no file")
     refused(tmp_path, "so it is no PEFT adapter")
     save_file(nn.Conv2d(3, 4, 3).state_dict(), tmp_path / "base.safetensors")
-    refused(tmp_path / "base.safetensors", "is no adapter of a known format (convlora, peft, locon, loralib)")
-    save_file({"a.lora_A.weight": torch.ones(2, 3)}, tmp_path / "peft.safetensors")
-    refused(tmp_path / "peft.safetensors", "PEFT tensors without the adapter_config.json")
+    refused(
+        tmp_path / "base.safetensors", "is no adapter of a known format (convlora, peft, locon, loralib, diffusers)"
+    )
+    save_file({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(4, 2)}, tmp_path / "peft.safetensors")
+    refused(tmp_path / "peft.safetensors", "'a.lora_B.weight' has no scale: neither an alpha")
     refused("a\0b", "no file")
     refused("a" * 5000, "no file")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lives import LIVES, output, trained
-from oracle import FACTORS, NET_INPUT, NET_LAYERS, adapted_net, bytes_of, net, randomise, snapshot
+from oracle import FACTORS, NET_INPUT, NET_LAYERS, PRODUCTS, adapted_net, bytes_of, net, randomise, snapshot
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -81,7 +81,7 @@ def test_all_places_that_take_strengths_agree_bitwise(factors: str, dtype: torch
         assert {k: bytes_of(v) for k, v in other.items()} == {k: bytes_of(v) for k, v in plain.state_dict().items()}
 
 
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", PRODUCTS)
 def test_combine_takes_weights_by_layer(factors: str) -> None:
     model = two(factors)
     rain, snow = (convlora.adapter(model, name) for name in ("rain", "snow"))

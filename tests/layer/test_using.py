@@ -38,6 +38,7 @@ def outputs(model: nn.Module) -> list[Tensor]:
         return [convlora.activate(model, names)(x()) for names in CHOICES]
 
 
+@pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning")
 @pytest.mark.parametrize("factors", oracle.FACTORS)
 def test_a_block_computes_what_activate_would(factors: str) -> None:
     model = net(factors)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from oracle import FACTORS, bits, randomise
+from oracle import PRODUCTS, bits, randomise
 from torch import Tensor, nn
 
 import convlora
@@ -21,7 +21,7 @@ from convlora.targets import named_layers
 pytest.importorskip("spandrel")
 
 each = pytest.mark.parametrize("name", zoo.ARCHITECTURES)
-both = pytest.mark.parametrize("factors", FACTORS)
+several = pytest.mark.parametrize("factors", [*PRODUCTS, "dora"])  # which sees the weight, however it is made
 pytestmark = [
     # Every layer is adapted, depthwise ones with few weights included.
     pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning"),
@@ -90,7 +90,7 @@ def test_every_layer_of_an_adaptable_class_is_adapted(name: str) -> None:
 
 
 @each
-@both
+@several
 def test_injecting_keeps_the_output_bitwise_in_train_and_eval(name: str, factors: str) -> None:
     base, inputs = zoo.build(name)
     model, _ = zoo.adapted(name, factors=factors)
@@ -98,7 +98,7 @@ def test_injecting_keeps_the_output_bitwise_in_train_and_eval(name: str, factors
 
 
 @each
-@both
+@several
 def test_a_training_step_moves_the_adapters_only(name: str, factors: str) -> None:
     model, inputs = zoo.adapted(name, factors=factors)
     ours = {id(p) for p in convlora.parameters(model)}
@@ -117,7 +117,7 @@ def test_a_training_step_moves_the_adapters_only(name: str, factors: str) -> Non
 
 
 @each
-@both
+@several
 def test_file_merge_and_removal_keep_the_adapted_output_bitwise(name: str, factors: str, tmp_path: Path) -> None:
     base, inputs = zoo.build(name)
     model = randomise(zoo.adapted(name, factors=factors)[0], std=0.1)
@@ -139,7 +139,7 @@ def test_file_merge_and_removal_keep_the_adapted_output_bitwise(name: str, facto
 
 
 @each
-@both
+@several
 def test_removal_restores_the_base_bitwise(name: str, factors: str) -> None:
     model, inputs = zoo.build(name)
     for parameter in list(model.parameters())[::3]:
@@ -197,7 +197,7 @@ def span() -> nn.Module:
     return SPAN(num_in_ch=3, num_out_ch=3, feature_channels=26, upscale=4, img_range=1.0)
 
 
-@both
+@several
 def test_audit_of_span_names_exactly_its_twenty_eval_convs(factors: str) -> None:
     model = convlora.inject(span(), targets=nn.Conv2d, rank=4, factors=factors)
     report = convlora.audit(model, torch.rand(1, 3, 8, 8))
@@ -208,7 +208,7 @@ def test_audit_of_span_names_exactly_its_twenty_eval_convs(factors: str) -> None
     assert all("exclude it" in problem for problem in report.problems.values())
 
 
-@both
+@several
 def test_span_agrees_in_train_and_eval_mode_with_random_adapters(factors: str) -> None:
     base, x = span().double(), torch.rand(1, 3, 12, 12, dtype=torch.float64)
     model = convlora.inject(copy.deepcopy(base), targets=nn.Conv2d, exclude="eval_conv", rank=4, factors=factors)

@@ -61,8 +61,9 @@ def test_compiles_as_one_graph(factors: str, state: str) -> None:
             torch.testing.assert_close(mine, p.grad)
 
 
-def test_compiles_with_inductor() -> None:
-    model = adapted_net().eval()
+@pytest.mark.parametrize("factors", ["convlora", "dora", "loha", "lokr"])
+def test_compiles_with_inductor(factors: str) -> None:
+    model = adapted_net(factors=factors).eval()
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x()), model(x()), rtol=1e-4, atol=1e-4)
 
 
@@ -161,8 +162,9 @@ def test_exports(factors: str, state: str) -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_traces_and_reloads(state: str, tmp_path: object) -> None:
-    model = STATES[state](adapted_net(bias=True).eval())
+@pytest.mark.parametrize("factors", FACTORS)
+def test_traces_and_reloads(factors: str, state: str, tmp_path: object) -> None:
+    model = STATES[state](adapted_net(factors=factors, bias=True).eval())
     with torch.no_grad():
         traced = torch.jit.trace(model, (x(),))
     traced.save(f"{tmp_path}/traced.pt")

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:inject. the adapter has more parameters:convlora.ConvLoRAWarning"),
     pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning"),  # third-party networks call it the old way
 ]
-NETS = ("net", "thin", *(["SwinIR"] if importlib.util.find_spec("spandrel") else []))
+NETS = ("net", "thin", "dora", *(["SwinIR"] if importlib.util.find_spec("spandrel") else []))
 SHARDINGS = ("whole", "layers")  # fully_shard on the model alone, or on its layers first
 STEPS = 4
 
@@ -37,7 +37,7 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
     """An adapted network and a batch of two, the same in every process."""
     torch.manual_seed(0)
     if name != "SwinIR":
-        factors = "locon" if name == "thin" else "convlora"
+        factors = {"thin": "locon", "dora": "dora"}.get(name, "convlora")
         model, shape = adapted_net(bias=True, rank=2, factors=factors), NET_INPUT
     else:
         model, shape = randomise(zoo.adapted(name)[0], std=0.05), (2, 3, 16, 16)

@@ -126,7 +126,7 @@ FAILING = {
     "fractional rank": ({"targets": ["0"], "rank": 1.5}, r"rank \(=1.5\) must be"),
     "rank by string": ({"targets": ["0"], "ranks": {"0": "4"}}, r"ranks\['0'\] \(='4'\) must be"),
     "infinite alpha": ({"targets": ["0"], "alpha": float("inf")}, r"alpha \(=inf\) must be a finite number"),
-    "unknown factors": ({"targets": ["0"], "factors": "loha"}, "'loha' is not registered; known: convlora, "),
+    "unknown factors": ({"targets": ["0"], "factors": "nothing"}, "'nothing' is not registered; known: convlora, "),
     "unknown init": ({"targets": ["0"], "init": "pissa"}, "has no init 'pissa'; it has default, gaussian"),
     "unknown scaling": ({"targets": ["0"], "rank_scaling": "cube"}, "rank_scaling"),
     "dropout": ({"targets": ["0"], "rank_dropout": 1.0}, "rank_dropout"),
