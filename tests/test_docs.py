@@ -17,21 +17,19 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import convlora
 
 ROOT = Path(__file__).parents[1]
+PAGES = sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = [
-    *(
-        "README.md",
-        "SECURITY.md",
-        "docs/api.md",
-        "docs/formats.md",
-        "docs/other_code.md",
-        "docs/trainers.md",
-        "docs/versions.md",
-    ),
-    *("benchmarks/README.md", "examples/weights/README.md"),
+    *("README.md", "SECURITY.md", "benchmarks/README.md", "examples/weights/README.md"),
+    *(f"docs/{page}.md" for page in PAGES),
+]
+ELSEWHERE = {"api": "doctests of the package", "trainers": "tests/integrations", "formats": "generated"}
+WITH_CODE = [
+    page for page in PAGES if page not in ELSEWHERE and "```python" in (ROOT / "docs" / f"{page}.md").read_text("utf-8")
 ]
 TRAINERS = [f"convlora.integrations.{name}" for name in ("lightning", "transformers", "ultralytics")]  # see there
 MODULES = [
@@ -166,15 +164,43 @@ def test_every_public_function_says_what_it_does_and_shows_it() -> None:
         assert "Example:" in doc or attribute == "Distilled", name
 
 
-@pytest.mark.parametrize("page", ["other_code"])
+@pytest.mark.parametrize("page", WITH_CODE)
 def test_the_code_of_a_page_runs_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"__name__": page}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         for code in blocks:
             exec(code, names)
+
+
+def test_the_manual_has_code_on_its_pages() -> None:
+    assert {"quickstart", "choosing", "tasks", "training", "adapters", "files", "deployment"} <= set(WITH_CODE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "api"])
+def test_links_of_a_page_point_at_files(page: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text) if not link.startswith("http")]
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    assert set(PAGES) <= set(re.findall(r"- (\w+)\.md$", navigation, re.MULTILINE))
+
+
+def test_the_site_builds_and_has_every_public_name(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material", reason="mkdocs-material, the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    for name in public(convlora) | public(convlora.distill) | public(convlora.hub):
+        assert name in page, name
+    for page in PAGES:
+        assert (tmp_path / ("" if page == "index" else page) / "index.html").exists(), page
 
 
 # --- dependencies ------------------------------------------------------------------------------------------------

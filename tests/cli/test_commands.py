@@ -513,8 +513,8 @@ def test_info_prints_one_row_per_layer(folder: Path) -> None:
     assert text.endswith(" parameters\n")
 
 
-def test_the_commands_of_the_readme_run(folder: Path) -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_commands_of_the_page_run(folder: Path) -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "files.md").read_text(), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("convlora ")]
     assert len(lines) >= 6
     shutil.copy("snow.safetensors", "night.safetensors")
