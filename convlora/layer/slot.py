@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from convlora.config import AdapterConfig
 from convlora.errors import ConvLoRAError
@@ -264,7 +263,9 @@ class Slot(nn.Module):
             return base
         if not self.merged:
             if keeps_for_backward() and not any(low_rank.drops() for low_rank, _ in acting):
-                return checkpoint(self._compose, base, kind, acting, use_reentrant=False, preserve_rng_state=False)
+                # Loaded by whoever compiles: PyTorch 2.6 loads a library of algebra with it.
+                again = torch.utils.checkpoint.checkpoint
+                return again(self._compose, base, kind, acting, use_reentrant=False, preserve_rng_state=False)
             return self._compose(base, kind, acting)
         formed = None if torch.compiler.is_dynamo_compiling() else self._fused.get(kind)
         if formed is not None and formed.is_fresh():  # an exported graph is a snapshot

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
@@ -21,10 +22,13 @@ from convlora.support.safetensors import DTYPES
 from convlora.support.tensorfile import TensorFile, shapes_of, stored_blocks, write_tensors
 from convlora.support.torchfile import from_torch_path
 
+# safetensors 0.5.3 reads integers without a sign, and writes none but the smallest.
+KNOWN = [dtype for dtype in DTYPES if dtype in safetensors.torch._SIZE]
+
 
 def one_of_each_dtype() -> dict[str, Tensor]:
     numbers = torch.arange(6).view(2, 3)
-    tensors = {f"{place}.{dtype}": numbers.to(dtype, copy=True) for dtype in DTYPES for place in ("b", "a")}
+    tensors = {f"{place}.{dtype}": numbers.to(dtype, copy=True) for dtype in KNOWN for place in ("b", "a")}
     odd = {"number": torch.tensor(2.5), "nothing": torch.zeros(0, 4), 'ü"\\\x01\x7f': torch.ones(2)}
     return {**tensors, **odd}
 
