@@ -6,7 +6,7 @@ the path there that they take on every device but the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,17 +104,21 @@ def saved_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
 
     What a layer packs by hooks of its own, or holds in another way, is not seen: see `StepCost.kept`.
     """
-    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    return bytes_saved(loss, {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]})
+
+
+def bytes_saved(call: Callable[[], Any], owned: Collection[int]) -> int:
+    """The same of any call, beside the storages that are given, by `_cdata`."""
     found: dict[int, int] = {}
     held: list[Tensor] = []  # or the address of one is given to the next
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in owned:
             found[storage._cdata] = storage.nbytes()
             held.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss()
+        call()
     return sum(found.values())

@@ -43,6 +43,7 @@ from common import (
     write_results,
 )  # fmt: skip
 from contestants import floor, full, lora, lycoris, ours, peft
+from counting import saved_bytes
 from spandrel.architectures.ESRGAN import ESRGAN
 from spandrel.architectures.SwinIR import SwinIR
 from sr.models import new_span
@@ -221,21 +222,9 @@ def peak_on_gpu(run: Callable[[], None]) -> int:
 
 
 def kept_bytes(model: nn.Module, x: Tensor, contestant: str) -> int:
-    """Bytes of all that autograd keeps for the backward, parameters and buffers apart, shared memory once."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    found: dict[int, int] = {}
-    alive: list[Tensor] = []  # or the memory of one is given to the next
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), form_of(contestant):
-        model(x)
-    return sum(found.values())
+    """Bytes that autograd keeps for the backward, see `counting.saved_bytes`."""
+    with form_of(contestant):
+        return saved_bytes(model, lambda: model(x))
 
 
 def peak_of(name: str, contestant: str, rank: int, threads: int) -> int:

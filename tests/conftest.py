@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` can be imported
 
 settings.register_profile("convlora", deadline=None, derandomize=True)  # shared machines are slow at times
 settings.load_profile("convlora")

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import convlora
+from benchmarks.counting import count_step, saved_bytes
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.counting import count_step, saved_bytes  # noqa: E402
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import convlora
+from benchmarks.counting import bytes_saved
 from convlora.layer import again, forms
 from convlora.layer.adapted import slot_of
 
@@ -25,23 +26,6 @@ quiet = pytest.mark.filterwarnings("ignore:inject. the adapter has more paramete
 
 
 TELLS_OUTER_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")  # not in PyTorch 2.6
-
-
-def kept_bytes(call: Callable[[], Any], owned: set[int]) -> int:
-    """What autograd keeps for the backward of a call, beside the tensors whose storages are given; each once."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in owned:
-            storages[storage._cdata] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    alive: list[Tensor] = []  # else an address could come again
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call()
-    return sum(storages.values())
 
 
 def cost(model: nn.Module, x: Tensor) -> tuple[int, int]:
@@ -56,7 +40,7 @@ def cost(model: nn.Module, x: Tensor) -> tuple[int, int]:
             forward().sum().backward()
         return counter.get_total_flops()
 
-    return count_operations(), kept_bytes(forward, owned)
+    return count_operations(), bytes_saved(forward, owned)
 
 
 WIDE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -211,10 +195,10 @@ def test_layers_of_every_make_form_their_weight_again(kind: str, composite: Call
     assert all(torch.equal(a, b) for a, b in zip(derivatives(layer, x), expected, strict=True))
     owned = {t.untyped_storage()._cdata for t in (*layer.parameters(), *layer.buffers(), x)}
     composite(True)
-    kept = kept_bytes(lambda: layer(x), owned)
+    kept = bytes_saved(lambda: layer(x), owned)
     composite(False)
     effective = 8 * 6 * 9 * 4
-    assert kept_bytes(lambda: layer(x), owned) <= kept - effective
+    assert bytes_saved(lambda: layer(x), owned) <= kept - effective
 
 
 @pytest.mark.parametrize("factors", FACTORS)
@@ -252,7 +236,7 @@ def test_two_adapters_and_a_mixture_of_copies_are_formed_again(composite: Callab
     assert all(torch.equal(a, b) for a, b in zip(derivatives(model, x), expected, strict=True))
     owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), x)}
     if TELLS_OUTER_HOOKS:
-        assert kept_bytes(lambda: model(x), owned) == 2 * 8 * 7 * 7 * 4  # what goes into the second convolution
+        assert bytes_saved(lambda: model(x), owned) == 2 * 8 * 7 * 7 * 4  # what goes into the second convolution
 
 
 def test_hooks_that_are_there_get_everything_else(composite: Callable[[bool], None]) -> None:
@@ -362,7 +346,7 @@ def test_a_compiled_layer_keeps_what_the_frozen_one_keeps(made: str, factors: st
     def kept(net: nn.Module) -> int:
         torch.compiler.reset()
         compiled = torch.compile(net, backend="aot_eager_decomp_partition", fullgraph=True)
-        return kept_bytes(lambda: compiled(x.clone().requires_grad_()), owned)
+        return bytes_saved(lambda: compiled(x.clone().requires_grad_()), owned)
 
     assert kept(model) <= max(kept(base), x.numel() * x.element_size())
 
@@ -380,7 +364,7 @@ def test_factors_on_patches_keep_nothing_more_and_pass_gradcheck_twice(monkeypat
     low_rank = slot_of(layer).low_ranks()["default"]
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
     owned = {t.untyped_storage()._cdata for t in (*layer.parameters(), *layer.buffers(), x)}
-    assert kept_bytes(lambda: layer(x), owned) == 0
+    assert bytes_saved(lambda: layer(x), owned) == 0
 
     def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         low_rank._parameters.update(lora_A=a, lora_B=b)  # type: ignore[arg-type]
